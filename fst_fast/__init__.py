@@ -1,0 +1,1 @@
+"""fst_fast: remove backdoors from image classifiers with Feature Shift Tuning."""
