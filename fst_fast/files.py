@@ -1,0 +1,154 @@
+"""Hashes, strict JSON, and a pair of files replaced all or nothing; standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def strict_json(value: Any, where: str) -> Any:
+    """Return value as strict JSON data: NaN and infinity become null, tuples lists, paths text.
+
+    0-d tensors and numpy scalars become numbers; torch dtypes and devices become text.
+
+    Raises:
+        ValueError: anything else; ``where`` and the keys below it tell the place.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        bad = [key for key in value if not isinstance(key, str)]
+        if bad:
+            raise ValueError(f"save: {where} must have text as keys, got {bad[0]!r}; use str(key)")
+        return {str(key): strict_json(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return strict_json(value.item(), where)
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    if isinstance(value, os.PathLike) or kind in ("torch.dtype", "torch.device"):
+        return str(value)
+    raise ValueError(
+        f"save: {where} must be JSON data, got {type(value).__name__}; "
+        "convert it to numbers, text, lists or dicts"
+    )
+
+
+def dump_json(value: Any) -> bytes:
+    """Return data as JSON text: sorted keys, indented by 2, NaN refused, a newline at the end."""
+    return (json.dumps(value, allow_nan=False, sort_keys=True, indent=2) + "\n").encode()
+
+
+def write_temporary(directory: Path, data: bytes) -> Path:
+    """Write data under a new hidden name, flush it to the disk, return the name; all or nothing."""
+    path = directory / f".fst_fast-{secrets.token_hex(8)}.tmp"
+    # Not tempfile: its mode 0600 would pass to the final file and hide it from the user's group.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def replace_pair(payload: Path, payload_data: bytes, manifest: Path, manifest_data: bytes) -> None:
+    """Write both files of one directory, or leave both as they were and raise.
+
+    The old manifest leaves first and the new one comes last, so that at no moment, even if the
+    process is killed or the power fails, does a manifest stand beside a payload that it does not
+    describe, or the payload's name point to half a file.
+    """
+    directory = payload.parent
+    temporary: list[Path] = []
+    kept: dict[Path, Path] = {}
+    try:
+        temporary += [write_temporary(directory, payload_data)]
+        temporary += [write_temporary(directory, manifest_data)]
+        for path in (payload, manifest):
+            if path.exists():
+                kept[path] = _keep(path)
+        manifest.unlink(missing_ok=True)
+        sync_directory(directory)
+        os.replace(temporary[0], payload)
+        sync_directory(directory)
+        os.replace(temporary[1], manifest)
+        sync_directory(directory)
+    except BaseException:
+        replaced = bool(temporary) and not temporary[0].exists()
+        _put_back(payload, manifest, kept, replaced)
+        raise
+    finally:
+        for path in [*temporary, *kept.values()]:
+            path.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a directory.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _keep(path: Path) -> Path:
+    """Give a file a second, hidden name, from which _put_back() can restore it."""
+    kept = path.parent / f".fst_fast-{secrets.token_hex(8)}.tmp"
+    try:
+        os.link(path, kept)
+    # No hard links there (FAT, some network file systems).
+    except OSError:
+        try:
+            shutil.copy2(path, kept)
+        except BaseException:
+            kept.unlink(missing_ok=True)
+            raise
+    return kept
+
+
+def _put_back(payload: Path, manifest: Path, kept: dict[Path, Path], replaced: bool) -> None:
+    if replaced:
+        if payload in kept:
+            os.replace(kept[payload], payload)
+        else:
+            payload.unlink(missing_ok=True)
+    if manifest in kept:
+        manifest.unlink(missing_ok=True)
+        os.rename(kept[manifest], manifest)
+    elif replaced:
+        manifest.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        sync_directory(payload.parent)

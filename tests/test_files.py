@@ -1,0 +1,110 @@
+"""files: a pair is replaced or left, whatever fails; a changed byte is found on loading."""
+
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_cases import Net, names, refused
+
+from fst_fast.checkpoint import LoadError, load, read_state_dict, save
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["over old", "new"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize(
+    ("call", "nth"),
+    [(c, n) for c, last in (("fsync", 6), ("replace", 2), ("open", 6)) for n in range(1, last + 1)]
+    + [("replace", 0)],
+)
+def test_a_failed_save_leaves_the_old_pair(tmp_path, monkeypatch, old, error, links, call, nth):
+    """The nth call (0: every one) of os.fsync, os.replace or os.open fails."""
+    path = tmp_path / "m.safetensors"
+    if old:
+        save(path, Net(), {"seed": 1})
+    before = {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+    real, count = getattr(os, call), [0]
+
+    def fail(*args, **kwargs):
+        count[0] += 1
+        if nth in (0, count[0]):
+            raise error
+        return real(*args, **kwargs)
+
+    def no_link(*args, **kwargs):
+        raise OSError(95, "Operation not supported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        if not links:
+            patch.setattr(os, "link", no_link)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            save(path, Net(), {"seed": 2})
+    assert count[0] >= max(nth, 1), "the fault was never reached"
+    assert before == {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+    if old:
+        load(path, Net, 3)
+
+
+def test_a_failed_serialisation_leaves_the_old_pair(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save(path, Net(), {})
+    before = {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(safetensors.torch, "save", fail)
+    with pytest.raises(MemoryError):
+        save(path, Net(), {})
+    assert before == {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+
+
+def test_killed_at_any_call_the_payload_still_loads(tmp_path, monkeypatch):
+    """After a kill nothing is put back: every state on the way must load."""
+    path = tmp_path / "m.safetensors"
+    save(path, Net(), {"seed": 1})
+    states = []
+
+    def look(real):
+        def wrapped(*args, **kwargs):
+            states.append((load(path, Net, 3), path.with_suffix(".json").exists()))
+            return real(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for call in ("replace", "link", "fsync"):
+            patch.setattr(os, call, look(getattr(os, call)))
+        save(path, Net(), {"seed": 2})
+    assert len(states) >= 8
+    assert {with_manifest for _, with_manifest in states} == {True, False}
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(path, {"w": torch.arange(8.0)}, {})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(LoadError, match=r"bytes that m\.json recorded"):
+            read_state_dict(path)
+
+
+def test_a_damaged_manifest_is_found(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(path, Net(), {})
+    beside = path.with_suffix(".json")
+    beside.write_bytes(beside.read_bytes()[:-9])
+    refused(path, "nothing readable", "remove m.json")
+    beside.unlink()
+    load(path, Net, 3)
+
+
+@pytest.mark.parametrize("text", ['{"sha256": "x"}', "[1]", "not JSON", "[" * 100_000])
+def test_other_peoples_json_is_ignored(tmp_path, text):
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file(Net().state_dict(), path)
+    path.with_suffix(".json").write_text(text)
+    load(path, Net, 3)
