@@ -1,0 +1,59 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+
+TORCH_LIBRARY(fst_fast_native, m) {
+  m.def(
+      "head_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor d_weight, Tensor? d_bias, "
+      "Tensor(c!) weight_momentum, Tensor(d!)? bias_momentum, Tensor lr, float momentum, "
+      "Tensor? norm, Tensor? found_inf) -> ()");
+}
+
+namespace {
+
+namespace py = pybind11;
+using namespace fst_fast;
+
+py::dict build_report() {
+  py::dict report;
+  report["torch"] = TORCH_VERSION;
+#ifdef __VERSION__
+  report["compiler"] = __VERSION__;
+#else
+  report["compiler"] = py::none();
+#endif
+#ifdef FST_FAST_CUDA_VERSION
+  report["cuda"] = FST_FAST_CUDA_VERSION;
+  report["architectures"] = FST_FAST_CUDA_ARCHITECTURES;
+#else
+  report["cuda"] = py::none();
+  report["architectures"] = py::none();
+#endif
+  report["instruction_sets"] = instruction_sets();
+  report["instruction_set"] = instruction_sets().at(instruction_set);
+  return report;
+}
+
+// For tests: makes the CPU kernels use a lesser instruction set than the machine has.
+void use_instruction_set(const std::string& name) {
+  const auto& names = instruction_sets();
+  const auto found = std::find(names.begin(), names.end(), name);
+  const int level = static_cast<int>(found - names.begin());
+  if (found == names.end() || level > best_instruction_set()) {
+    throw py::value_error("use_instruction_set: " + name + " is not compiled in, or is more than " +
+                          "this processor has");
+  }
+  instruction_set = level;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_report", &build_report);
+  m.def("use_instruction_set", &use_instruction_set);
+}

@@ -1,0 +1,1 @@
+"""The truth in plain PyTorch: what every kernel is measured against."""

@@ -1,0 +1,1 @@
+"""Triton kernels; installs as fst_fast.kernels."""
