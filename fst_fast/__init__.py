@@ -1,1 +1,26 @@
 """fst_fast: remove backdoors from image classifiers with Feature Shift Tuning."""
+
+from . import heads, methods, ops, triggers
+from .checkpoint import LoadError, load
+from .data import Augment, DeviceLoader
+from .evaluate import Metrics, evaluate
+from .purify import purify
+from .result import HeadShift, PurifyResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Augment",
+    "DeviceLoader",
+    "HeadShift",
+    "LoadError",
+    "Metrics",
+    "PurifyResult",
+    "evaluate",
+    "heads",
+    "load",
+    "methods",
+    "ops",
+    "purify",
+    "triggers",
+]

@@ -1,0 +1,51 @@
+# make demo, make test: each sets up a virtual environment first. No GPU is needed.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+OUT ?= out
+SEED ?= 0
+# An installation is redone when its sources or any of these change.
+VARIANT := $(shell echo "$(FST_FAST_BUILD)|$(CUDA_HOME)|$(TORCH_CUDA_ARCH_LIST)" | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(VARIANT)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: setup demo test lint format bench gpu-check clean
+
+setup: $(STAMP)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(PY) -m pip install --quiet "torch>=2.10" torchvision
+
+$(STAMP): $(SOURCES) | $(PY)
+	rm -f $(VENV)/.installed-*
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[dev,lab,timm]"
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m fst_fast demo --seed $(SEED) --out $(OUT)
+
+test: $(STAMP)
+	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+bench: $(STAMP)
+	$(PY) -m pytest benchmarks -o python_files='test_*.py' --benchmark-only
+
+# On a machine with a GPU, in whose Python torch, triton and pytest are installed: no network needed.
+gpu-check:
+	bash benchmarks/gpu_check.sh $(OUT)
+
+clean:
+	rm -rf build dist out *.egg-info fst_fast/_build_info.json fst_fast/*.so

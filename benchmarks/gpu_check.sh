@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, each part with its own time limit, results in one folder.
+# Usage: benchmarks/gpu_check.sh [OUT]; PYTHON names an interpreter that has torch, triton, pytest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-out}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+failed=0
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 limit=$2 status
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  echo "$name: exit status $status"
+  [ $status -eq 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
+}
+
+part build 300 "$python" -m pip install --no-build-isolation --no-deps -e .
+part info 60 "$python" -m fst_fast info --json
+part tests 600 "$python" -m pytest -q
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    part "sanitizer-$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q tests/test_head_step.py -k "cuda and small"
+  done
+else
+  echo "compute-sanitizer: not installed, left out"
+fi
+part bench 300 "$python" -m pytest -q benchmarks/test_head_step.py --benchmark-only \
+  --benchmark-json "$out/head_step.json"
+exit $failed

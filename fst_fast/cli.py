@@ -1,0 +1,285 @@
+"""The command line: ``fst-fast demo | purify | evaluate | info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from . import backends, checkpoint, methods, triggers
+from .data import DeviceLoader, Normalization
+from .evaluate import evaluate
+from .lab import datasets
+from .lab.demo import run_demo
+from .purify import purify
+
+NORMALIZATIONS: dict[str, Normalization | None] = {
+    "none": None,
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"fst-fast {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fst-fast", description="Remove backdoors from image classifiers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="poison, train, purify and measure on digits")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    demo.set_defaults(run=_demo)
+
+    tune = commands.add_parser("purify", help="tune a suspect checkpoint on clean images")
+    _add_model(tune)
+    _add_data(tune)
+    tune.add_argument("--out", type=Path, required=True, help="FILE.safetensors to write")
+    tune.add_argument("--validation", type=Path, help="clean images for the reported accuracy")
+    tune.add_argument("--method", choices=methods.available(), default="fst")
+    tune.add_argument("--alpha", type=float, help="weight of FST's <W, W0> (default 0.2)")
+    tune.add_argument(
+        "--project", action=argparse.BooleanOptionalAction, help="hold the head's norm, or not"
+    )
+    tune.add_argument("--epochs", type=int, default=10)
+    tune.add_argument("--lr", type=float, default=0.01)
+    tune.add_argument("--momentum", type=float, default=0.9)
+    tune.add_argument("--augment", choices=("none", "cifar"), default="none")
+    tune.add_argument("--head", help="qualified name of the classification layer")
+    tune.add_argument("--backend", choices=backends.NAMES)
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--quiet", action="store_true", help="no progress")
+    tune.set_defaults(run=_purify)
+
+    measure = commands.add_parser("evaluate", help="clean accuracy; with a trigger, the attack")
+    _add_model(measure)
+    _add_data(measure)
+    measure.add_argument("--trigger", choices=sorted(triggers.ZOO))
+    measure.add_argument(
+        "--trigger-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
+    )
+    measure.add_argument("--target", type=int, default=0, help="the attacker's class")
+    measure.add_argument("--json", action="store_true")
+    measure.set_defaults(run=_evaluate)
+
+    info = commands.add_parser("info", help="backends, how they were built, what is missing")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help=".safetensors, or .pt/.pth state dict")
+    parser.add_argument(
+        "--arch", required=True, help="torchvision or timm name, or module:callable of your own"
+    )
+    parser.add_argument(
+        "--arch-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
+    )
+    parser.add_argument("--num-classes", type=int, help="default: taken from the checkpoint")
+    parser.add_argument("--device")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with one sub-folder per class (sorted names are labels 0, 1, ...), or .npz",
+    )
+    parser.add_argument("--size", type=int, help="resize and centre-crop to this many pixels")
+    parser.add_argument(
+        "--normalize",
+        required=True,
+        metavar="NAME|MEANS/STDS",
+        help=f"as in training: {', '.join(NORMALIZATIONS)}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return run_demo(options.seed, options.out)
+
+
+def _purify(options: argparse.Namespace) -> int:
+    checkpoint.check_writable(options.out)
+    model, facts = _load_model(options)
+    images = _load_images(options.data, options.size)
+    loader = _loader(options, images, shuffle=True)
+    plain = _loader(options, images, shuffle=False)
+    validation = None
+    if options.validation is not None:
+        validation = _loader(options, _load_images(options.validation, options.size), shuffle=False)
+    judged = plain if validation is None else validation
+    before = evaluate(model, judged, device=options.device, precision=options.precision)
+    result = purify(
+        model,
+        loader,
+        method=_method(options),
+        epochs=options.epochs,
+        lr=options.lr,
+        momentum=options.momentum,
+        head=options.head,
+        validation=validation,
+        device=options.device,
+        precision=options.precision,
+        backend=options.backend,
+        seed=options.seed,
+        progress=not options.quiet,
+        inplace=True,
+    )
+    after = evaluate(result.model, judged, device=options.device, precision=options.precision)
+    manifest = result.save(
+        options.out,
+        **facts,
+        data={"path": str(options.data), "images": len(images), "classes": list(images.classes)},
+        normalize=options.normalize,
+        clean_accuracy={
+            "before": before.clean_accuracy,
+            "after": after.clean_accuracy,
+            "measured_on": "tuning images" if validation is None else str(options.validation),
+        },
+    )
+    where = "the tuning images" if validation is None else "the validation images"
+    print(f"classes in order: {', '.join(images.classes[:20])}")
+    print(
+        f"clean accuracy on {where}: {100 * before.clean_accuracy:.2f} % before, "
+        f"{100 * after.clean_accuracy:.2f} % after; attack success not measured (no trigger)"
+    )
+    if before.clean_accuracy < 2 / len(images.classes):
+        print(
+            "warning: before tuning the model was near chance on these images; check --normalize, "
+            "--size, and that the sorted sub-folder names are the model's labels in order",
+            file=sys.stderr,
+        )
+    print(f"wrote {options.out} (sha256 {manifest['sha256']})")
+    return 0 if result.stopped is None else 1
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    trigger = None
+    if options.trigger is not None:
+        trigger = triggers.get(options.trigger, **_options(options.trigger_option))
+    model, _ = _load_model(options)
+    loader = _loader(options, _load_images(options.data, options.size), shuffle=False)
+    metrics = evaluate(
+        model,
+        loader,
+        trigger,
+        options.target,
+        device=options.device,
+        precision=options.precision,
+    )
+    print(json.dumps(asdict(metrics), indent=2) if options.json else metrics)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    report: dict[str, Any] = {"versions": checkpoint.versions(), "backends": backends.report()}
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    console = Console()
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    console.print(versions, highlight=False, soft_wrap=True)
+    table = Table("backend", "usable", "details")
+    for name, row in report["backends"].items():
+        details = [
+            f"{key}: {_text(value)}"
+            for key, value in row.items()
+            if value and key not in ("available", "reason")
+        ]
+        if row["reason"]:
+            details.insert(0, str(row["reason"]))
+        table.add_row(name, "yes" if row["available"] else "no", "\n".join(details))
+    console.print(table, highlight=False)
+    return 0
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _method(options: argparse.Namespace) -> methods.Method:
+    given = {"alpha": options.alpha, "project": options.project}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return methods.get(options.method, **settings)
+
+
+def _load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
+    """The model, and what the manifest says of where it came from."""
+    settings = _options(options.arch_option)
+    model = checkpoint.load(options.checkpoint, options.arch, options.num_classes, **settings)
+    facts: dict[str, object] = {
+        "parent": {
+            "path": str(options.checkpoint),
+            "sha256": checkpoint.sha256(options.checkpoint),
+        },
+        "arch": {"name": options.arch, "num_classes": options.num_classes, **settings},
+    }
+    return model, facts
+
+
+def _load_images(path: Path, size: int | None) -> datasets.ImageSet:
+    return datasets.npz(path, size) if path.suffix == ".npz" else datasets.folder(path, size)
+
+
+def _loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: bool) -> DeviceLoader:
+    augment = getattr(options, "augment", "none") if shuffle else "none"
+    return DeviceLoader(
+        images.images,
+        images.labels,
+        options.batch_size,
+        shuffle=shuffle,
+        seed=getattr(options, "seed", 0),
+        augment=None if augment == "none" else augment,
+        normalize=_normalization(options.normalize),
+    )
+
+
+def _normalization(text: str) -> Normalization | None:
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        means, stds = ([float(v) for v in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise ValueError(
+            f"--normalize must be one of {', '.join(NORMALIZATIONS)}, or means/standard "
+            f"deviations like 0.5,0.5,0.5/0.2,0.2,0.2, got {text!r}"
+        ) from None
+    if min(stds) <= 0:
+        raise ValueError(f"--normalize must have standard deviations > 0, got {text!r}")
+    return means, stds
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """["width=16", "name=x"] to {"width": 16, "name": "x"}: JSON where it is, else text."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"an option must be NAME=VALUE, got {pair!r}")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out

@@ -1,0 +1,116 @@
+"""What a tuning method is: what it re-initialises, trains, minimises and projects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..heads import head_matrix
+from ..ops import head_step_
+
+
+class HeadState:
+    """The head under tuning, and the compromised weight it is measured against.
+
+    Attributes:
+        weight: [K, D] view of the head's weight; steps change it in place.
+        bias: [K] or None.
+        weight0: [K, D], a frozen copy of the weight as it came.
+        norm0: 0-d, the Frobenius norm of weight0.
+        weight_momentum, bias_momentum: SGD's buffers, zero at the start.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self.module = head
+        with torch.no_grad():
+            self.weight0 = self.weight.detach().clone()
+            self.norm0 = self.weight0.norm()
+            self.weight_momentum = torch.zeros_like(self.weight0)
+            self.bias_momentum = None if self.bias is None else torch.zeros_like(self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return head_matrix(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.module.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def reinitialize(self, generator: torch.Generator) -> None:
+        """Weight and bias ~ U(-1/sqrt(D), 1/sqrt(D)), as nn.Linear draws them.
+
+        Drawn on the CPU in float32, so one seed gives the same head on every device.
+        """
+        bound = 1 / math.sqrt(self.weight0.shape[1])
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                if parameter is not None:
+                    drawn = torch.empty(parameter.shape).uniform_(
+                        -bound, bound, generator=generator
+                    )
+                    parameter.copy_(drawn)
+
+    def step(
+        self, lr: Tensor, momentum: float, project: bool, found_inf: Tensor, backend: str | None
+    ) -> None:
+        """One SGD step from the gradients at hand; then, if asked, back to the original norm.
+
+        A frozen head has no gradients: it is only projected.
+        """
+        head_step_(
+            self.weight,
+            self.bias,
+            self._gradient(self.module.get_parameter("weight")).view_as(self.weight),
+            None if self.bias is None else self._gradient(self.bias),
+            self.weight_momentum,
+            self.bias_momentum,
+            lr=lr,
+            momentum=momentum,
+            norm=self.norm0 if project else None,
+            found_inf=found_inf,
+            backend=backend,
+        )
+
+    @staticmethod
+    def _gradient(parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def shift(self) -> Tensor:
+        """[2]: the cosine between weight and weight0, and the norm of weight, on the device."""
+        with torch.no_grad():
+            weight = self.weight.float()
+            weight0 = self.weight0.float()
+            norm = weight.norm()
+            cosine = (weight * weight0).sum() / (norm * weight0.norm())
+            return torch.stack([cosine, norm])
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every tuning method; a new method is one new file with one subclass.
+
+    Args:
+        project: after every step, scale the head's weight back to its original norm. The official
+            FST script does so for the baselines too; the papers do not.
+    """
+
+    name: ClassVar[str]
+    reinitializes: ClassVar[bool] = False
+    trains: ClassVar[Literal["all", "backbone", "head"]] = "all"
+
+    project: bool = False
+
+    def loss(self, logits: Tensor, labels: Tensor, head: HeadState) -> Tensor:
+        """The 0-d loss of logits [B, K] float32 and labels [B] int64; mean cross-entropy."""
+        return F.cross_entropy(logits, labels)
+
+    def settings(self) -> Mapping[str, object]:
+        """The method's name and settings as plain values, for manifests."""
+        return {"method": self.name, **asdict(self)}

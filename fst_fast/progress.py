@@ -1,0 +1,99 @@
+"""Progress of a run: a rich bar on a terminal, one plain line per epoch elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of a run.
+
+    Attributes:
+        epoch: from 1.
+        loss: mean over the epoch's images of the method's loss, penalty included.
+        clean_accuracy: in 0..1, on ``validation=`` after the epoch, or, without one, on the
+            tuning images as they passed during the epoch.
+        lr: learning rate of the epoch.
+        cosine: between the head's weight and its original weight, after the epoch.
+        norm: Frobenius norm of the head's weight, after the epoch.
+        seconds: since the start of the run.
+    """
+
+    epoch: int
+    loss: float
+    clean_accuracy: float
+    lr: float
+    cosine: float
+    norm: float
+    seconds: float
+
+
+class ProgressReport:
+    """Shows epochs as they end; a context manager.
+
+    Args:
+        title: what runs, such as "fst".
+        epochs: how many will come.
+        enabled: False shows nothing.
+        console: where to write; None is the standard error stream.
+    """
+
+    def __init__(
+        self, title: str, epochs: int, enabled: bool, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._title = title
+        self._epochs = epochs
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=epochs, state="")
+
+    def __enter__(self) -> ProgressReport:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Show one finished epoch."""
+        state = (
+            f"loss {record.loss:.3f}  accuracy {100 * record.clean_accuracy:.1f} %  "
+            f"cosine {record.cosine:+.2f}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, state=state)
+        elif self._enabled:
+            self._console.print(
+                f"{self._title} epoch {record.epoch}/{self._epochs}  {state}  "
+                f"lr {record.lr:.4f}  {record.seconds:.1f} s",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def note(self, text: str) -> None:
+        """Show one line beside the progress."""
+        if self._enabled:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,250 @@
+"""The public verb: take a suspect model and clean images, return the purified model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, methods
+from .evaluate import evaluate
+from .heads import find_head, head_matrix, head_name, unwrap
+from .inputs import (
+    Batches,
+    Loader,
+    check_batch,
+    memory_layout,
+    resolve_device,
+    resolve_precision,
+)
+from .loop import Callback, LoopSettings, Tuner
+from .methods import Method
+from .progress import ProgressReport
+from .result import HeadShift, PurifyResult
+from .state import evaluating, seeded, tuning
+
+
+def purify(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    method: str | Method = "fst",
+    alpha: float | str | None = None,
+    epochs: int = 10,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    head: nn.Module | str | None = None,
+    validation: Loader | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+    graphs: bool | str = "auto",
+    backend: str | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    inplace: bool = False,
+) -> PurifyResult:
+    """Tune a suspect classifier on clean images so that its backdoor goes.
+
+    Feature Shift Tuning (Min et al., NeurIPS 2023, arXiv 2310.01875, section 4): re-initialise
+    the head, minimise ``cross-entropy + alpha * <W, W0>`` over all parameters by SGD under a
+    cosine learning rate stepped per epoch, and after every step scale the head's weight W back to
+    the norm of the original weight W0. Attack success is not measured here: that takes the
+    trigger (:func:`fst_fast.evaluate`).
+
+    Args:
+        model: any image classifier; DataParallel, DDP and torch.compile wrappers are looked
+            through.
+        loader: clean (images [B, C, H, W] float, labels [B] integer), normalised as in training:
+            a DataLoader, a list of batches, a DeviceLoader, or a function that returns a fresh
+            iterator for each epoch.
+        method: "fst", "ft", "ft_init", "fe", "lp", or a :class:`~fst_fast.methods.Method`.
+        alpha: weight of FST's inner product; None takes the method's own (0.2, the paper's for
+            CIFAR-10). It grows with ||W0||, lr and steps; see the README for how to choose it.
+        epochs: passes over the loader.
+        lr: learning rate of the first epoch.
+        momentum: of SGD, in [0, 1).
+        head: the classification layer or its qualified name, where it cannot be found with
+            certainty.
+        validation: clean batches for the accuracy in the history; None uses the tuning batches.
+        device: None takes the model's GPU, else any GPU, else the CPU.
+        precision: "auto" (fp32 on the CPU; bf16, or else fp16, on a GPU), "fp32", "bf16", "fp16".
+        graphs: CUDA graphs; "auto" and False run without them in this version.
+        backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
+        seed: of the new head and of every random draw during the run. The global random state is
+            put back afterwards.
+        resume: not available yet.
+        progress: show a bar on a terminal, plain lines elsewhere.
+        callbacks: each is called as ``callback(record, model)`` after every epoch; one that
+            returns True ends the run.
+        inplace: tune the given model instead of a copy.
+    Returns:
+        A :class:`PurifyResult`. After Ctrl-C, or a loss that is not finite, it holds the last
+        good weights and says so in ``stopped``.
+    Raises:
+        ValueError: an argument or a batch is not as described; the message says what to do.
+        RuntimeError: ``backend`` is not available here.
+    """
+    _check_numbers(epochs, lr, momentum)
+    _check_later(alpha, graphs, resume)
+    chosen = _choose_method(method, alpha)
+    place = resolve_device(device, model)
+    backends.choose("head_step_", place, backend)
+    settings = LoopSettings(
+        epochs=epochs,
+        lr=lr,
+        momentum=momentum,
+        device=place,
+        precision=resolve_precision(precision, place),
+        channels_last=False,
+        backend=backend,
+    )
+    batches = Batches(loader, epochs, "purify: loader")
+    validate = _validator(validation, settings)
+    images, _ = check_batch(batches.first, batches.where, place)
+    plain = unwrap(model)
+    _check_weights(plain)
+    _check_takes(plain, images)
+    found = find_head(plain, head=head, example=images)
+    name, weight = head_name(plain, found), head_matrix(found)
+    if weight.norm().item() == 0:
+        raise ValueError(
+            f"purify: model must have a trained head, got {name} with a weight of zeros (norm 0); "
+            "load the checkpoint, or name the right layer with head="
+        )
+    check_batch(batches.first, batches.where, place, num_classes=len(weight))
+    tuned = plain if inplace else copy.deepcopy(plain)
+    started = time.perf_counter()
+    with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
+        settings = replace(settings, channels_last=_use_channels_last(tuned, images, place))
+        tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, seed)
+        with seeded(seed, place):
+            tuner.run(batches, report, validate, callbacks)
+        if tuner.stopped is not None:
+            report.note(f"purify: {tuner.stopped}")
+        cosine, norm = tuner.head.shift().tolist()
+    return PurifyResult(
+        model=model if inplace else tuned,
+        history=tuple(tuner.history),
+        seconds=time.perf_counter() - started,
+        settings={
+            **chosen.settings(),
+            **asdict(settings),
+            "device": str(place),
+            "head": name,
+            "seed": seed,
+            "validation": validation is not None,
+        },
+        head_shift=HeadShift(cosine, norm, tuner.head.norm0.item()),
+        stopped=tuner.stopped,
+    )
+
+
+def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"purify: epochs must be an integer >= 1, got {epochs!r}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"purify: lr must be a finite number > 0, got {lr!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
+
+
+def _check_later(alpha: object, graphs: object, resume: object) -> None:
+    """Refuse what the signature promises and this version does not have."""
+    if isinstance(alpha, str):
+        raise ValueError(
+            f"purify: alpha must be a number or None, got {alpha!r}; choosing it automatically is "
+            "not available yet: see the README for values that work"
+        )
+    if graphs not in ("auto", False):
+        raise ValueError(
+            f'purify: graphs must be "auto" or False, got {graphs!r}; CUDA graphs are not '
+            "available yet"
+        )
+    if resume is not None:
+        raise ValueError(
+            f"purify: resume must be None, got {resume!r}; resuming is not available yet"
+        )
+
+
+def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
+    settings = {} if alpha is None else {"alpha": alpha}
+    if isinstance(method, str):
+        return methods.get(method, **settings)
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"purify: method must be a name in {list(methods.available())} or a Method, got "
+            f"{method!r}"
+        )
+    if settings:
+        raise ValueError(
+            f"purify: alpha must be None where method is an object, got {alpha}; set it there"
+        )
+    return method
+
+
+def _validator(
+    validation: Loader | None, settings: LoopSettings
+) -> Callable[[nn.Module], float] | None:
+    if validation is None:
+        return None
+    Batches(validation, settings.epochs, "purify: validation")  # refuses what cannot be repeated
+
+    def validate(model: nn.Module) -> float:
+        return evaluate(
+            model, validation, device=settings.device, precision=settings.precision
+        ).clean_accuracy
+
+    return validate
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta or tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"purify: model must hold float32 weights, got {name} as {tensor.dtype} on "
+                f"{tensor.device}; use model.float(), and precision= for half-precision arithmetic"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"purify: model must have finite weights, got NaN or Inf in {name}; the file is "
+                "damaged or the training diverged"
+            )
+
+
+def _check_takes(model: nn.Module, images: Tensor) -> None:
+    """Run two images through the model, where it is, so that a misfit is told as one."""
+    own = next(model.parameters())
+    with evaluating(model, own.device), torch.no_grad():
+        try:
+            model(images[:2].to(own.device, own.dtype).contiguous())
+        except Exception as error:
+            raise ValueError(
+                f"purify: model must take the loader's images {list(images.shape)}, got "
+                f"{type(error).__name__}: {error}; check their channels and size"
+            ) from error
+
+
+def _tuner(
+    model: nn.Module, head: nn.Module, method: Method, settings: LoopSettings, seed: int
+) -> Tuner:
+    """The run, with the head re-initialised where the method does that."""
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    tuner = Tuner(model, head, method, settings)
+    if method.reinitializes:
+        tuner.head.reinitialize(torch.Generator().manual_seed(seed))
+    return tuner
+
+
+def _use_channels_last(model: nn.Module, images: Tensor, device: torch.device) -> bool:
+    example = images[:2].to(device, next(model.parameters()).dtype)
+    return memory_layout(model, example) == torch.channels_last

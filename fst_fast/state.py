@@ -1,0 +1,71 @@
+"""Context managers that change a model or the random state for a while and put it back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in eval mode on the device; its mode and device are put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    own = next((p.device for p in model.parameters()), device)
+    try:
+        model.to(device).eval()
+        yield
+    finally:
+        model.to(own)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def tuning(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on the device and in eval mode; device, layout and flags are put back."""
+    own = next((p.device for p in model.parameters()), device)
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    was_channels_last = any(
+        p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in flags
+    )
+    try:
+        if own.type != "meta":
+            model.to(device)
+        model.eval()
+        yield
+    finally:
+        model.eval()
+        model.zero_grad(set_to_none=True)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        if own.type != "meta":
+            model.to(own)
+        if not was_channels_last:
+            model.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch, NumPy and random, which transforms draw from; put their states back after."""
+    # Transforms draw from NumPy's global state, so that is what must be seeded.
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would also seed the GPUs whose state is not put back.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

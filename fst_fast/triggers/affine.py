@@ -1,0 +1,110 @@
+"""Triggers of the form y = Q(A * x + B): a per-pixel scale and offset, then rounding to bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Trigger
+
+_CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
+
+
+@dataclass(frozen=True, eq=False)
+class BadNets(Trigger):
+    """A small solid square in one corner (Gu et al. 2017, arXiv 1708.06733).
+
+    The defaults, 3 x 3 white pixels touching the bottom-right corner, are those of BackdoorBench.
+
+    Args:
+        size: side of the square, in pixels.
+        value: 0..255, one for all channels or one for each.
+        corner: "bottom-right", "bottom-left", "top-right" or "top-left".
+        margin: pixels between the square and the border.
+    """
+
+    size: int = 3
+    value: int | tuple[int, ...] = 255
+    corner: str = "bottom-right"
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.margin < 0:
+            raise ValueError(
+                f"BadNets: size must be >= 1 and margin >= 0, got {self.size} and {self.margin}"
+            )
+        if self.corner not in _CORNERS:
+            raise ValueError(f"BadNets: corner must be one of {_CORNERS}, got {self.corner!r}")
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        if not all(isinstance(value, int) and 0 <= value <= 255 for value in values):
+            raise ValueError(
+                "BadNets: value must be an integer in 0..255, or a tuple with one per channel, got "
+                f"{self.value!r}"
+            )
+
+    def _apply(self, images: Tensor) -> Tensor:
+        _, height, width, channels = images.shape
+        reach = self.size + self.margin
+        if reach > min(height, width):
+            raise ValueError(
+                f"BadNets: size + margin must fit into {height} x {width} pixels, got {reach}; "
+                "use a smaller size or margin"
+            )
+        if isinstance(self.value, tuple) and len(self.value) != channels:
+            raise ValueError(
+                f"BadNets: value must have one entry per channel ({channels}), got {self.value}"
+            )
+        top = self.margin if self.corner.startswith("top") else height - reach
+        left = self.margin if self.corner.endswith("left") else width - reach
+        value = torch.tensor(self.value, dtype=torch.uint8, device=images.device)
+        out = images.clone()
+        out[:, top : top + self.size, left : left + self.size] = value
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Blended(Trigger):
+    """A faint picture over the whole image (Chen et al. 2017, arXiv 1712.05526).
+
+    Equals ``floor((1 - alpha) * images + alpha * pattern)`` in float64, truncated as
+    BackdoorBench does.
+
+    Args:
+        alpha: opacity of the pattern, 0..1.
+        pattern: [H, W, C] uint8 of the images' size. None draws uniform noise from ``seed``, the
+            random pattern of the paper's section 4.
+        seed: seed of the drawn pattern.
+    """
+
+    alpha: float = 0.2
+    pattern: Tensor | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"Blended: alpha must lie in 0..1, got {self.alpha}")
+        if self.pattern is None:
+            return
+        dtype = getattr(self.pattern, "dtype", None)
+        if not isinstance(self.pattern, Tensor) or dtype != torch.uint8:
+            raise ValueError(
+                "Blended: pattern must be a uint8 tensor [H, W, C], got "
+                f"{type(self.pattern).__name__} {dtype or ''}; for an array, torch.from_numpy(...)"
+            )
+
+    def pattern_for(self, shape: torch.Size) -> Tensor:
+        """The pattern [H, W, C] uint8 for images of this [H, W, C] shape, on the CPU."""
+        if self.pattern is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        if self.pattern.shape != shape:
+            raise ValueError(
+                f"Blended: pattern must be {list(shape)} like one image, got "
+                f"{list(self.pattern.shape)}; resize it first"
+            )
+        return self.pattern
+
+    def _apply(self, images: Tensor) -> Tensor:
+        pattern = self.pattern_for(images.shape[1:]).to(images.device)
+        mixed = images.double() * (1 - self.alpha) + pattern.double() * self.alpha
+        return mixed.to(torch.uint8)
