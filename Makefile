@@ -9,7 +9,7 @@ VARIANT := $(shell echo "$(FST_FAST_BUILD)|$(CUDA_HOME)|$(TORCH_CUDA_ARCH_LIST)"
 STAMP := $(VENV)/.installed-$(VARIANT)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: setup demo test lint format bench gpu-check clean
+.PHONY: setup demo test lint format tables bench gpu-check clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+# Writes the tables of README.md from the records under benchmarks/results.
+tables: $(STAMP)
+	$(PY) benchmarks/tables.py
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks -o python_files='test_*.py' --benchmark-only

@@ -197,11 +197,13 @@ class Tuner:
                 self.history.append(record)
                 report.epoch(record)
                 answers = [callback(record, self.model) for callback in callbacks]
+                if epoch + 1 == self.settings.epochs:
+                    return
+                if interrupts.requested:
+                    self.stopped = f"interrupted after epoch {epoch + 1}"
+                    return
                 if any(answers):
                     self.stopped = f"a callback asked to stop after epoch {epoch + 1}"
-                if interrupts.requested and self.stopped is None:
-                    self.stopped = f"interrupted after epoch {epoch + 1}"
-                if self.stopped is not None and epoch + 1 < self.settings.epochs:
                     return
 
     def _epoch(
@@ -229,6 +231,11 @@ class Tuner:
         if interrupts.requested:
             self.stopped = f"interrupted at {where}"
             return None
+        if count == 0:
+            raise ValueError(
+                f"{batches.where} must yield batches in every epoch, got none in epoch "
+                f"{epoch + 1}; return a fresh iterator each time"
+            )
         loss, correct = (totals / count).tolist()
         return loss, correct
 

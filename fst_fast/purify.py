@@ -237,8 +237,6 @@ def _tuner(
     model: nn.Module, head: nn.Module, method: Method, settings: LoopSettings, seed: int
 ) -> Tuner:
     """The run, with the head re-initialised where the method does that."""
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
     tuner = Tuner(model, head, method, settings)
     if method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(seed))
@@ -246,5 +244,10 @@ def _tuner(
 
 
 def _use_channels_last(model: nn.Module, images: Tensor, device: torch.device) -> bool:
+    """Put the weights into the faster layout that the model takes; true for channels-last."""
     example = images[:2].to(device, next(model.parameters()).dtype)
-    return memory_layout(model, example) == torch.channels_last
+    # Weights first: of a one-channel image alone, both layouts look the same.
+    model.to(memory_format=torch.channels_last)
+    layout = memory_layout(model, example)
+    model.to(memory_format=layout)
+    return layout == torch.channels_last

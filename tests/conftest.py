@@ -8,7 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)
+# The tensors are small, and threads that wait for each other on a busy machine are not.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -122,19 +122,21 @@ def test_weights_come_back_contiguous_and_channels_last_was_used():
     assert result.model[0].weight.is_contiguous()
 
 
-def test_model_that_needs_contiguous_images():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_model_that_needs_contiguous_images(channels):
     class View(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.conv = nn.Conv2d(channels, 4, 3, padding=1)
             self.fc = nn.Linear(4 * 64, CLASSES)
 
         def forward(self, x):
             x = torch.relu(self.conv(x))
             return self.fc(x.view(x.size(0), -1))
 
-    result = quick(View(), make_batches())
+    result = quick(View(), make_batches(channels=channels))
     assert not result.settings["channels_last"]
+    assert result.model.conv.weight.is_contiguous()
     assert len(result.history) == 2
 
 
@@ -204,6 +206,12 @@ def test_one_shot_iterator():
     assert equal_states(expected, got)
     with pytest.raises(ValueError, match=r"loader must be iterable once per epoch \(2 times\)"):
         quick(make_model(), iter(make_batches()), epochs=2)
+
+
+def test_factory_that_runs_dry():
+    once = iter(make_batches())
+    with pytest.raises(ValueError, match="must yield batches in every epoch, got none in epoch 2"):
+        quick(make_model(), lambda: once)
 
 
 def test_device_loader():

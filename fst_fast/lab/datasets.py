@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import center_crop, resize
 
 from ..data import Normalization
 
@@ -92,16 +95,20 @@ def cifar10(root: str | Path, train: bool = True, download: bool = False) -> Ima
     return ImageSet(torch.from_numpy(data.data), torch.tensor(data.targets), tuple(data.classes))
 
 
-def _decode(encoded: Tensor, size: int | None) -> Tensor:
-    """One encoded file (uint8 [n]) to [H, W, 3] uint8; RuntimeError where it is none."""
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms.v2.functional import center_crop, resize, to_dtype
-
-    # A PNG may hold 16 bits per channel.
-    image = to_dtype(decode_image(encoded, mode=ImageReadMode.RGB), torch.uint8, scale=True)
-    if size is not None and image.shape[1:] != (size, size):
-        image = center_crop(resize(image, [size], antialias=True), [size, size])
-    return image.permute(1, 2, 0)
+def _decode(encoded: bytes, size: int | None) -> Tensor:
+    """One encoded file to [H, W, 3] uint8; OSError where it is none."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            # Of 16 bits per pixel, convert() would clip rather than keep the upper 8.
+            deep = opened.mode.startswith("I")
+            upper = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if deep else opened
+            image = upper.convert("RGB")
+    except Exception as error:
+        # On damaged files Pillow raises SyntaxError, TypeError, ValueError and more.
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    if size is not None and image.size != (size, size):
+        image = center_crop(resize(image, [size]), [size, size])
+    return torch.from_numpy(np.array(image))
 
 
 def _stack(images: list[Tensor], source: str) -> Tensor:
@@ -126,7 +133,6 @@ def folder(root: str | Path, size: int | None = None) -> ImageSet:
         ValueError: no images, an undecodable image, or several sizes and no ``size``.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-    from torchvision.io import read_file
 
     try:
         classes, class_to_idx = find_classes(str(root))
@@ -138,8 +144,8 @@ def folder(root: str | Path, size: int | None = None) -> ImageSet:
     images = []
     for path, _ in samples:
         try:
-            images.append(_decode(read_file(path), size))
-        except RuntimeError as error:
+            images.append(_decode(Path(path).read_bytes(), size))
+        except OSError as error:
             raise ValueError(
                 f"folder: cannot decode {path}: {error}; remove or repair the file"
             ) from None
@@ -160,7 +166,7 @@ def npz(path: str | Path, size: int | None = None) -> ImageSet:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            encoded, offsets = torch.from_numpy(archive["encoded"]), archive["offsets"]
+            encoded, offsets = archive["encoded"], archive["offsets"]
             labels, classes = archive["labels"], archive["classes"]
     except _UNREADABLE as error:
         raise ValueError(
@@ -170,7 +176,7 @@ def npz(path: str | Path, size: int | None = None) -> ImageSet:
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         try:
             images.append(_decode(encoded[start:end], size))
-        except RuntimeError as error:
+        except OSError as error:
             raise ValueError(f"npz: cannot decode image {len(images)} of {path}: {error}") from None
     if len(images) != len(labels):
         raise ValueError(f"npz: {path} has {len(images)} images but {len(labels)} labels")

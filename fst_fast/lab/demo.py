@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from ..purify import purify
 from ..triggers import BadNets, Trigger
 from .datasets import ImageSet, digits
 from .models import resnet8
-from .poison import Poisoned, poison
-from .train import TrainSettings, train
+from .suspect import Attack, train_suspect
+from .train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -76,23 +75,24 @@ def run_demo(seed: int = 0, out: Path | str = "out", settings: DemoSettings | No
     started = time.perf_counter()
     data = digits()
     normalize = data.statistics()
-    parts = data.split(settings.training_images, settings.clean_images, seed=seed)
-    training, clean, test = parts
+    training, clean, test = data.split(settings.training_images, settings.clean_images, seed=seed)
     console.print(
         f"digits: {len(training)} training images, {settings.poison_rate:.0%} of them poisoned "
         f"(a {settings.trigger.describe()['name']} trigger, label {settings.target}); "
         f"{len(clean)} clean images for the defender; {len(test)} test images",
         highlight=False,
     )
-    poisoned = poison(
-        training.images,
-        training.labels,
-        settings.trigger,
-        rate=settings.poison_rate,
-        target=settings.target,
+    attack = Attack(settings.trigger, settings.poison_rate, settings.target)
+    suspect, seconds = train_suspect(
+        lambda: resnet8(num_classes=10, width=settings.width),
+        training,
+        attack,
+        settings.train,
+        normalize=normalize,
+        augment=settings.augment,
+        batch_size=settings.batch_size,
         seed=seed,
     )
-    suspect, seconds = _train_suspect(poisoned, normalize, settings, seed)
     test_loader = DeviceLoader(test.images, test.labels, 500, shuffle=False, normalize=normalize)
     rows = [Row("before", _measure(suspect, test_loader, settings), seconds)]
     for name, method in (("FT", FT()), ("FST", FST(alpha=settings.alpha))):
@@ -105,23 +105,6 @@ def run_demo(seed: int = 0, out: Path | str = "out", settings: DemoSettings | No
         f"picture: {path}   whole demo: {time.perf_counter() - started:.0f} s", highlight=False
     )
     return _verdict(rows, console)
-
-
-def _train_suspect(
-    poisoned: Poisoned, normalize: Normalization, settings: DemoSettings, seed: int
-) -> tuple[nn.Module, float]:
-    torch.manual_seed(seed)
-    model = resnet8(num_classes=10, width=settings.width)
-    loader = DeviceLoader(
-        poisoned.images,
-        poisoned.labels,
-        settings.batch_size,
-        seed=seed,
-        augment=settings.augment,
-        normalize=normalize,
-        drop_last=True,
-    )
-    return model, train(model, loader, settings.train)
 
 
 def _tune(
@@ -218,13 +201,13 @@ def save_picture(path: Path, test: ImageSet, trigger: Trigger, rows: list[Row]) 
         drawn = axis.bar([i + offset for i in range(len(rows))], values, 0.38, label=label)
         axis.bar_label(drawn, fmt="%.1f")
     axis.set_xticks(range(len(rows)), names)
-    axis.set_ylim(0, 112)
+    axis.set_ylim(0, 108)
     axis.set_ylabel("%")
-    axis.legend(loc="upper right", ncols=2)
+    bars.legend(loc="outside upper center", ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def _show(axis: Any, image: Tensor) -> None:
     axis.imshow(image.numpy())
-    axis.set_axis_off()
+    axis.set(xticks=[], yticks=[])  # the frame stays: a white trigger ends at it

@@ -1,0 +1,72 @@
+"""Make a suspect model: poison a training set, train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..data import Augment, DeviceLoader, Normalization
+from ..triggers import Trigger
+from .datasets import ImageSet
+from .poison import poison
+from .train import TrainSettings, train
+
+
+@dataclass(frozen=True)
+class Attack:
+    """All-to-one poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`."""
+
+    trigger: Trigger
+    rate: float
+    target: int = 0
+
+
+def train_suspect(
+    build: Callable[[], nn.Module],
+    data: ImageSet,
+    attack: Attack,
+    settings: TrainSettings,
+    *,
+    normalize: Normalization | None,
+    augment: Augment | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    on_epoch: Callable[[int, float, float], None] | None = None,
+) -> tuple[nn.Module, float]:
+    """Build a model and train it on the poisoned data.
+
+    Args:
+        build: makes the model; called with torch seeded.
+        data: the clean training set.
+        attack: what to do to it.
+        settings: how to train.
+        normalize, augment, batch_size: of the loader.
+        seed: of the poisoning, the initial weights and the batches.
+        on_epoch: as for :func:`~fst_fast.lab.train.train`.
+    Returns:
+        The model, in eval mode, and the seconds of training.
+    """
+    poisoned = poison(
+        data.images,
+        data.labels,
+        attack.trigger,
+        rate=attack.rate,
+        target=attack.target,
+        seed=seed,
+    )
+    loader = DeviceLoader(
+        poisoned.images,
+        poisoned.labels,
+        batch_size,
+        seed=seed,
+        augment=augment,
+        normalize=normalize,
+        drop_last=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+        return model, train(model, loader, settings, on_epoch)
