@@ -279,7 +279,8 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"an option must be NAME=VALUE, got {pair!r}")
         try:
-            out[name] = json.loads(value)
+            parsed = json.loads(value)
         except json.JSONDecodeError:
-            out[name] = value
+            parsed = value
+        out[name] = tuple(parsed) if isinstance(parsed, list) else parsed
     return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +31,19 @@ class Augment:
 
 
 def _per_channel(values: Sequence[float], channels: int, device: torch.device) -> Tensor:
-    row = torch.as_tensor(values, dtype=torch.float32, device=device)
-    if row.shape != (channels,):
+    row = tuple(float(v) for v in values) if isinstance(values, Iterable) else ()
+    if len(row) != channels:
         raise ValueError(
             f"normalize: must be (mean, std), each with one value per channel ({channels}), got "
             f"{values} for one of them"
         )
-    return row.view(1, channels, 1, 1)
+    return _constant(row, device).view(1, channels, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept on the device: copying it there for every batch would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def normalize_bytes(images: Tensor, normalize: Normalization | None) -> Tensor:

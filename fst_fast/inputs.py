@@ -31,24 +31,21 @@ class Batches:
     def __init__(self, loader: Loader, epochs: int, where: str) -> None:
         self.loader = loader
         self.where = where
-        self._rest: Iterator[Any] | None = None
         self._seek(0)
-        iterator = self._iterator()
-        if iterator is loader and epochs > 1:
+        self._peeked = self._iterator()
+        if epochs > 1 and self._iterator() is self._peeked:
             raise ValueError(
                 f"{where} must be iterable once per epoch ({epochs} times), got a one-shot "
                 f"{type(loader).__name__}; pass a DataLoader, a list of batches, or a function "
                 "that returns a fresh iterator"
             )
         try:
-            self.first = next(iterator)
+            self.first = next(self._peeked)
         except StopIteration:
             raise ValueError(
                 f"{where} must yield at least one batch, got none; check the dataset's length, "
                 "batch_size and drop_last"
             ) from None
-        if iterator is loader:
-            self._rest = itertools.chain([self.first], iterator)
 
     def _seek(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):
@@ -65,10 +62,10 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of one epoch (0-based), as the loader yields them."""
-        if self._rest is not None:
-            return self._rest
         self._seek(epoch)
-        return self._iterator()
+        iterator = self._iterator()
+        # A one-shot iterator has already given its first batch away.
+        return itertools.chain([self.first], iterator) if iterator is self._peeked else iterator
 
 
 def check_batch(

@@ -210,8 +210,11 @@ def test_one_shot_iterator():
 
 def test_factory_that_runs_dry():
     once = iter(make_batches())
-    with pytest.raises(ValueError, match="must yield batches in every epoch, got none in epoch 2"):
+    with pytest.raises(ValueError, match="got a one-shot function"):
         quick(make_model(), lambda: once)
+    left = [make_batches(), make_batches(), make_batches()]
+    with pytest.raises(ValueError, match="must yield batches in every epoch, got none in epoch 2"):
+        quick(make_model(), lambda: iter(left.pop() if left else []))
 
 
 def test_device_loader():

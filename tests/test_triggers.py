@@ -91,7 +91,7 @@ def test_blended_draws_one_pattern_from_its_seed():
 
 def test_blended_uses_the_drawn_pattern_in_the_mix():
     images = make_images()
-    drawn = Blended(seed=3).pattern_for(images.shape[1:])
+    drawn = Blended(seed=3).pattern_for(images.shape[1:], torch.device("cpu"))
     got = Blended(alpha=0.3, seed=3).apply(images)
     assert_same_bits(got, numpy_blend(images, drawn, 0.3), name="drawn pattern")
 

@@ -50,11 +50,12 @@ def poison(
             f"class {target}; use a rate up to {len(sources) / len(images):.3f}"
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = sources[torch.randperm(len(sources), generator=generator)[:count]]
+    order = torch.randperm(len(sources), generator=generator).to(sources.device)
+    chosen = sources[order[:count]]
     out_images, out_labels = images.clone(), labels.clone()
     if count > 0:
         out_images[chosen] = trigger.apply(images[chosen])
         out_labels[chosen] = target
-    mask = torch.zeros(len(images), dtype=torch.bool)
+    mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[chosen] = True
     return Poisoned(out_images, out_labels, mask)

@@ -1,5 +1,6 @@
 """Triggers of the form y = Q(A * x + B): a per-pixel scale and offset, then rounding to bytes."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +57,19 @@ class BadNets(Trigger):
             )
         top = self.margin if self.corner.startswith("top") else height - reach
         left = self.margin if self.corner.endswith("left") else width - reach
-        value = torch.tensor(self.value, dtype=torch.uint8, device=images.device)
+        values = self.value if isinstance(self.value, tuple) else (self.value,) * channels
         out = images.clone()
-        out[:, top : top + self.size, left : left + self.size] = value
+        square = out[:, top : top + self.size, left : left + self.size]
+        for channel, value in enumerate(values):
+            square[..., channel] = value
         return out
+
+
+@functools.lru_cache(maxsize=8)
+def _noise(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """The same bytes on every device, and kept there."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,19 +102,18 @@ class Blended(Trigger):
                 f"{type(self.pattern).__name__} {dtype or ''}; for an array, torch.from_numpy(...)"
             )
 
-    def pattern_for(self, shape: torch.Size) -> Tensor:
-        """The pattern [H, W, C] uint8 for images of this [H, W, C] shape, on the CPU."""
+    def pattern_for(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """The pattern [H, W, C] uint8 for images of this [H, W, C] shape."""
         if self.pattern is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            return _noise(self.seed, shape, device)
         if self.pattern.shape != shape:
             raise ValueError(
                 f"Blended: pattern must be {list(shape)} like one image, got "
                 f"{list(self.pattern.shape)}; resize it first"
             )
-        return self.pattern
+        return self.pattern.to(device)
 
     def _apply(self, images: Tensor) -> Tensor:
-        pattern = self.pattern_for(images.shape[1:]).to(images.device)
+        pattern = self.pattern_for(images.shape[1:], images.device)
         mixed = images.double() * (1 - self.alpha) + pattern.double() * self.alpha
         return mixed.to(torch.uint8)
