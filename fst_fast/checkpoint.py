@@ -153,7 +153,8 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found | {"python": platform.python_version(), "platform": platform.platform()}
+    machine = f"{platform.system()} {platform.machine()}"
+    return found | {"python": platform.python_version(), "platform": machine}
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
