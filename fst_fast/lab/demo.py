@@ -44,9 +44,9 @@ class DemoSettings:
     width: int = 16
     train: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=20, lr=0.1))
     batch_size: int = 64
-    tuning_epochs: int = 20
+    tuning_epochs: int = 30
     lr: float = 0.01
-    alpha: float = 0.1
+    alpha: float = 0.07
     trigger: Trigger = field(default_factory=BadNets)
     augment: Augment = field(default_factory=lambda: Augment(pad=2, flip=False))
 
