@@ -32,15 +32,18 @@ class Batches:
         self.loader = loader
         self.where = where
         self._seek(0)
-        self._peeked = self._iterator()
-        if epochs > 1 and self._iterator() is self._peeked:
+        source = self._source()
+        iterator = iter(source)
+        # An iterator is its own iter(); a DataLoader, even with persistent workers, is not.
+        self._peeked = source if iterator is source else None
+        if epochs > 1 and self._peeked is not None and self._source() is source:
             raise ValueError(
                 f"{where} must be iterable once per epoch ({epochs} times), got a one-shot "
                 f"{type(loader).__name__}; pass a DataLoader, a list of batches, or a function "
                 "that returns a fresh iterator"
             )
         try:
-            self.first = next(self._peeked)
+            self.first = next(iterator)
         except StopIteration:
             raise ValueError(
                 f"{where} must yield at least one batch, got none; check the dataset's length, "
@@ -51,21 +54,21 @@ class Batches:
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 
-    def _iterator(self) -> Iterator[Any]:
+    def _source(self) -> Iterable[Any]:
         source = self.loader() if callable(self.loader) else self.loader
         if not isinstance(source, Iterable):
             raise ValueError(
                 f"{self.where} must be an iterable of (images, labels) batches, got "
                 f"{type(source).__name__}; wrap a dataset in torch.utils.data.DataLoader"
             )
-        return iter(source)
+        return source
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of one epoch (0-based), as the loader yields them."""
         self._seek(epoch)
-        iterator = self._iterator()
+        source = self._source()
         # A one-shot iterator has already given its first batch away.
-        return itertools.chain([self.first], iterator) if iterator is self._peeked else iterator
+        return itertools.chain([self.first], source) if source is self._peeked else iter(source)
 
 
 def check_batch(

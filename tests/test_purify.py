@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import multiprocessing
 import random
 import signal
 import threading
@@ -198,6 +199,24 @@ def test_global_random_state_is_untouched():
 def test_any_iterable_gives_the_same_run(make):
     expected = quick(make_model(), make_batches()).model.state_dict()
     assert equal_states(expected, quick(make_model(), make(make_batches())).model.state_dict())
+
+
+def test_persistent_workers_are_not_a_one_shot_iterator():
+    dataset = TensorDataset(*map(torch.cat, zip(*make_batches(), strict=True)))
+    loader = DataLoader(dataset, 8, num_workers=1, persistent_workers=True)
+    expected = quick(make_model(), make_batches()).model.state_dict()
+    assert equal_states(expected, quick(make_model(), loader).model.state_dict())
+
+
+def test_no_worker_is_left_behind():
+    dataset = TensorDataset(*map(torch.cat, zip(*make_batches(), strict=True)))
+    during = []
+
+    def callback(record, model):
+        during.append(len(multiprocessing.active_children()))
+
+    quick(make_model(), DataLoader(dataset, 8, num_workers=2), callbacks=[callback])
+    assert during == [0, 0]
 
 
 def test_one_shot_iterator():
