@@ -1,0 +1,52 @@
+"""A small model, small batches and a quick run, shared by the tests of purify."""
+
+import torch
+from torch import nn
+
+import fst_fast
+
+CLASSES = 4
+
+
+def make_model(channels=3, classes=CLASSES, **more):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+
+
+def make_batches(count=3, size=8, channels=3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, channels, 8, 8, generator=generator),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def quick(model, loader, **more):
+    return fst_fast.purify(
+        model, loader, **{"epochs": 2, "progress": False, "device": "cpu", **more}
+    )
+
+
+def equal_states(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+
+
+def bad_batch(change):
+    images, labels = make_batches(1)[0]
+    return [change(images, labels)]
+
+
+def with_value(images, value):
+    images = images.clone()
+    images[1, 2, 3, 4] = value
+    return images
