@@ -23,7 +23,7 @@ part tests 600 "$python" -m pytest -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
     part "sanitizer-$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q tests/test_head_step.py -k "cuda and small"
+      "$python" -m pytest -q tests/test_head_step.py -k "cuda-cuda and (small or large)"
   done
 else
   echo "compute-sanitizer: not installed, left out"

@@ -46,7 +46,9 @@ class Guard:
     before the last two steps and put back.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, precision: str, lag: int | None = None
+    ) -> None:
         self.scales = precision == "fp16"
         self.scale = torch.full((), 2.0**16 if self.scales else 1.0, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -56,8 +58,8 @@ class Guard:
         self._statistics = [b for b in self._buffers if b.is_floating_point()]
         self._one = torch.ones((), device=device)
         self._kept = [[b.clone() for b in self._buffers] for _ in range(2)]
-        self._lag = 1 if device.type == "cuda" else 0
         pinned = device.type == "cuda"
+        self._lag = int(pinned) if lag is None else lag
         self._seen = [torch.zeros((), pin_memory=pinned) for _ in range(2)]
         self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self._step = 0

@@ -1,6 +1,7 @@
 """Runs that end early: callbacks, Ctrl-C, and a loss that is not finite."""
 
 import copy
+import functools
 import signal
 import threading
 
@@ -12,6 +13,8 @@ from purify_cases import (
     quick,
 )
 from torch import nn
+
+from fst_fast import loop
 
 
 def test_callback_sees_records_and_can_stop():
@@ -88,11 +91,15 @@ class Poisonable(nn.Module):
         return self.net(x)
 
 
+@pytest.mark.parametrize("lag", [0, 1], ids=["cpu", "one-step-behind-as-on-a-gpu"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_nan_loss_stops_within_one_step_and_keeps_the_last_good_weights(precision):
+def test_nan_loss_stops_within_one_step_and_keeps_the_last_good_weights(
+    precision, lag, monkeypatch
+):
     # Seven good steps of a schedule for 4 epochs; the eighth is not finite.
+    monkeypatch.setattr(loop, "Guard", functools.partial(loop.Guard, lag=lag))
     result = quick(Poisonable(8), make_batches(), epochs=4, precision=precision)
-    assert "not finite at epoch 3, step 2" in result.stopped
+    assert f"not finite at epoch 3, step {2 + lag}" in result.stopped
     assert len(result.history) == 2
     states = []
 
