@@ -7,7 +7,8 @@ SEED ?= 0
 # An installation is redone when its sources or any of these change.
 VARIANT := $(shell echo "$(FST_FAST_BUILD)|$(CUDA_HOME)|$(TORCH_CUDA_ARCH_LIST)" | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(VARIANT)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := setup.py pyproject.toml $(NATIVE)
 
 .PHONY: setup demo test lint format tables bench gpu-check clean
 
@@ -33,12 +34,12 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
 # Writes the tables of README.md from the records under benchmarks/results.
 tables: $(STAMP)

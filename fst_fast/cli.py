@@ -159,20 +159,24 @@ def _purify(options: argparse.Namespace) -> int:
             "measured_on": "tuning images" if validation is None else str(options.validation),
         },
     )
-    where = "the tuning images" if validation is None else "the validation images"
+    _print_outcome(before.clean_accuracy, after.clean_accuracy, images, validation is not None)
+    print(f"wrote {options.out} (sha256 {manifest['sha256']})")
+    return 0 if result.stopped is None else 1
+
+
+def _print_outcome(before: float, after: float, images: datasets.ImageSet, validated: bool) -> None:
+    where = "the validation images" if validated else "the tuning images"
     print(f"classes in order: {', '.join(images.classes[:20])}")
     print(
-        f"clean accuracy on {where}: {100 * before.clean_accuracy:.2f} % before, "
-        f"{100 * after.clean_accuracy:.2f} % after; attack success not measured (no trigger)"
+        f"clean accuracy on {where}: {100 * before:.2f} % before, "
+        f"{100 * after:.2f} % after; attack success not measured (no trigger)"
     )
-    if before.clean_accuracy < 2 / len(images.classes):
+    if before < 2 / len(images.classes):
         print(
             "warning: before tuning the model was near chance on these images; check --normalize, "
             "--size, and that the sorted sub-folder names are the model's labels in order",
             file=sys.stderr,
         )
-    print(f"wrote {options.out} (sha256 {manifest['sha256']})")
-    return 0 if result.stopped is None else 1
 
 
 def _evaluate(options: argparse.Namespace) -> int:

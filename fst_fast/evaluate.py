@@ -82,11 +82,25 @@ def evaluate(
     batches = Batches(loader, 1, "evaluate: loader")
     if normalize is None and isinstance(loader, DeviceLoader):
         normalize = loader.normalize
+    kind = resolve_precision(precision, place)
+    return measure(model, batches, place, kind, trigger, target, normalize)
+
+
+def measure(
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    precision: str,
+    trigger: Trigger | None = None,
+    target: int = 0,
+    normalize: Normalization | None = None,
+) -> Metrics:
+    """:func:`evaluate` on batches that are open already, with device and precision resolved."""
     # Not inference_mode: what a model caches in its first forward must remain of use in training.
-    with evaluating(model, place), torch.no_grad():
-        run = _Pass(model, place, resolve_precision(precision, place), trigger, target, normalize)
+    with evaluating(model, device), torch.no_grad():
+        run = _Pass(model, device, precision, trigger, target, normalize)
         for batch in batches.epoch(0):
-            run.add(*check_batch(batch, batches.where, place))
+            run.add(*check_batch(batch, batches.where, device))
     return run.metrics()
 
 

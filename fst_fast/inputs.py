@@ -136,11 +136,11 @@ def _check_labels(labels: Any, where: str, count: int) -> None:
             fix = "; one-hot or soft labels: pass labels.argmax(dim=1)"
         elif labels.is_floating_point() or labels.dtype == torch.bool:
             fix = "; pass labels.long()"
-    is_index = isinstance(labels, Tensor) and labels.dtype not in (torch.bool,)
     if (
-        not is_index
+        not isinstance(labels, Tensor)
         or labels.is_floating_point()
         or labels.is_complex()
+        or labels.dtype == torch.bool
         or labels.shape != (count,)
     ):
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, methods
-from .evaluate import evaluate
+from .evaluate import measure
 from .heads import find_head, head_matrix, head_name, unwrap
 from .inputs import (
     Batches,
@@ -113,14 +113,8 @@ def purify(
     plain = unwrap(model)
     _check_weights(plain)
     _check_takes(plain, images)
-    found = find_head(plain, head=head, example=images)
-    name, weight = head_name(plain, found), head_matrix(found)
-    if weight.norm().item() == 0:
-        raise ValueError(
-            f"purify: model must have a trained head, got {name} with a weight of zeros (norm 0); "
-            "load the checkpoint, or name the right layer with head="
-        )
-    check_batch(batches.first, batches.where, place, num_classes=len(weight))
+    name, classes = _trained_head(plain, head, images)
+    check_batch(batches.first, batches.where, place, num_classes=classes)
     tuned = plain if inplace else copy.deepcopy(plain)
     started = time.perf_counter()
     with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
@@ -196,12 +190,10 @@ def _validator(
 ) -> Callable[[nn.Module], float] | None:
     if validation is None:
         return None
-    Batches(validation, settings.epochs, "purify: validation")  # refuses what cannot be repeated
+    batches = Batches(validation, settings.epochs, "purify: validation")
 
     def validate(model: nn.Module) -> float:
-        return evaluate(
-            model, validation, device=settings.device, precision=settings.precision
-        ).clean_accuracy
+        return measure(model, batches, settings.device, settings.precision).clean_accuracy
 
     return validate
 
@@ -231,6 +223,20 @@ def _check_takes(model: nn.Module, images: Tensor) -> None:
                 f"purify: model must take the loader's images {list(images.shape)}, got "
                 f"{type(error).__name__}: {error}; check their channels and size"
             ) from error
+
+
+def _trained_head(
+    model: nn.Module, head: nn.Module | str | None, images: Tensor
+) -> tuple[str, int]:
+    """The head's qualified name, and its number of classes."""
+    found = find_head(model, head=head, example=images)
+    name, weight = head_name(model, found), head_matrix(found)
+    if weight.norm().item() == 0:
+        raise ValueError(
+            f"purify: model must have a trained head, got {name} with a weight of zeros (norm 0); "
+            "load the checkpoint, or name the right layer with head="
+        )
+    return name, len(weight)
 
 
 def _tuner(

@@ -202,6 +202,14 @@ def test_device_loader():
     assert equal_states(*runs)
 
 
+def test_one_shot_validation_loses_no_batch():
+    validation = make_batches(count=2, size=3, seed=9)
+    whole = quick(make_model(), make_batches(), validation=validation, epochs=1)
+    once = quick(make_model(), make_batches(), validation=iter(validation), epochs=1)
+    expected = fst_fast.evaluate(whole.model, validation[1:], device="cpu").clean_accuracy
+    assert once.history[0].clean_accuracy == whole.history[0].clean_accuracy != expected
+
+
 def test_validation_is_what_the_history_shows():
     model, batches = make_model(), make_batches()
     validation = make_batches(seed=9)
