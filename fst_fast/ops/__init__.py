@@ -1,5 +1,6 @@
 """The ops: checked, differentiable where it makes sense, one name for every backend."""
 
+from fst_fast.ops.head_deviation_loss import HeadDeviation, head_deviation_loss
 from fst_fast.ops.head_step import head_step_
 
-__all__ = ["head_step_"]
+__all__ = ["HeadDeviation", "head_deviation_loss", "head_step_"]
