@@ -16,9 +16,23 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/head_step.cpp"]
-CUDA_SOURCES = ["csrc/cuda/head_step.cu"]
-HEADERS = ["csrc/check.h", "csrc/head_step.h", "csrc/cpu/isa.h"]
+CPU_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/autograd.cpp",
+    "csrc/cpu/head_deviation_loss.cpp",
+    "csrc/cpu/head_kernels.cpp",
+    "csrc/cpu/head_kernels_bfloat16.cpp",
+    "csrc/cpu/head_kernels_v3.cpp",
+    "csrc/cpu/head_kernels_v4.cpp",
+    "csrc/cpu/head_step.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/cuda/head_deviation_loss.cu",
+    "csrc/cuda/head_deviation_many.cu",
+    "csrc/cuda/head_step.cu",
+    "csrc/cuda/rescale.cu",
+]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 

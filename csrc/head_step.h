@@ -12,6 +12,7 @@ inline void check_head_step(const at::Tensor& weight, const std::optional<at::Te
                             const at::Tensor& weight_momentum,
                             const std::optional<at::Tensor>& bias_momentum, const at::Tensor& lr,
                             const std::optional<at::Tensor>& norm,
+                            const std::optional<at::Tensor>& weight_scale,
                             const std::optional<at::Tensor>& found_inf) {
   const char* op = "head_step_";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [K, D], got ", weight.sizes());
@@ -35,6 +36,9 @@ inline void check_head_step(const at::Tensor& weight, const std::optional<at::Te
   const auto compute = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   check_scalar(op, "lr", lr, compute, weight.device());
   if (norm.has_value()) check_scalar(op, "norm", *norm, compute, weight.device());
+  if (weight_scale.has_value()) {
+    check_scalar(op, "weight_scale", *weight_scale, compute, weight.device());
+  }
   if (found_inf.has_value()) {
     check_scalar(op, "found_inf", *found_inf, at::kFloat, weight.device());
   }

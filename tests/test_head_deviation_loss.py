@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from check import assert_no_worse_than_torch, assert_same_bits
+from check import assert_close_to_rounding, assert_no_worse_than_torch, assert_same_bits
 from head_deviation_cases import (
     ALPHA,
     Batch,
@@ -22,7 +22,8 @@ def assert_right(batch, place, alpha=ALPHA, upstream=None):
     eager = batch.eager(float(alpha))
     got = batch.ours(backend, alpha).loss
     name = " ".join(map(str, batch.settings))
-    assert_no_worse_than_torch(got, eager, truth, name=f"loss {name}")
+    mixed = batch.features.dtype if batch.weight.dtype != batch.features.dtype else None
+    assert_no_worse_than_torch(got, eager, truth, name=f"loss {name}", rounded_to=mixed)
     truths = twin.grads(truth, upstream)
     eagers = batch.grads(eager, upstream)
     for leaf, d_got in batch.grads(got, upstream).items():
@@ -118,7 +119,7 @@ def test_parts(place, shape):
     assert_no_worse_than_torch(got.penalty, ALPHA * overlap, ALPHA * exact, name="penalty")
     assert got.correct.item() == (logits.argmax(1) == batch.labels).sum().item()
     assert got.invalid.item() == -1
-    assert_same_bits(got.loss, got.cross_entropy + got.penalty, name="loss")
+    assert_close_to_rounding(got.loss, got.cross_entropy + got.penalty, name="loss")
     assert not any(part.requires_grad for part in got[1:])
 
 

@@ -18,7 +18,7 @@ def test_opcheck(place, bias, project, found):
     lr = torch.tensor(0.1, device=device)
     norm = torch.tensor(2.0, device=device) if project else None
     found = None if found is None else torch.tensor(found, device=device)
-    arguments = (*head.tensors, lr, 0.9, norm, found, backend)
+    arguments = (*head.tensors, lr, 0.9, norm, None, found, backend)
     torch.library.opcheck(torch.ops.fst_fast.head_step_.default, arguments)
 
 
@@ -181,6 +181,6 @@ def test_native_op_guards_itself(place):
         tensors = list(head.tensors)
         tensors[position] = None if tensor is None else tensor.to(device)
         with pytest.raises(ValueError, match=message):
-            native(*tensors, lr, 0.9, None, None)
+            native(*tensors, lr, 0.9, None, None, None)
     with pytest.raises(ValueError, match="lr must be a 0-d Float tensor"):
-        native(*head.tensors, lr.double(), 0.9, None, None)
+        native(*head.tensors, lr.double(), 0.9, None, None, None)

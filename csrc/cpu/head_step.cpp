@@ -31,12 +31,21 @@ struct Step {
   int64_t count;
   compute_t lr;
   compute_t momentum;
+  compute_t value_scale = 1;  // kDeferred: the head is value_scale * value
 
-  // m <- round(momentum * m + g); returns v^2 with v = w - lr * m.
+  // m <- round(momentum * m + g); returns v^2 with v = w - lr * m. kDeferred writes v at once.
+  template <bool kDeferred>
   FST_FAST_INLINE double advance(int64_t i) const {
     const auto product = momentum * static_cast<compute_t>(momentum_buffer[i]);
     momentum_buffer[i] = static_cast<scalar_t>(product + static_cast<compute_t>(gradient[i]));
-    const double v = moved(i);
+    double v;
+    if constexpr (kDeferred) {
+      value[i] = static_cast<scalar_t>(value_scale * static_cast<compute_t>(value[i]) -
+                                       lr * static_cast<compute_t>(momentum_buffer[i]));
+      v = static_cast<compute_t>(value[i]);
+    } else {
+      v = moved(i);
+    }
     return v * v;
   }
 
@@ -44,13 +53,14 @@ struct Step {
     return static_cast<compute_t>(value[i]) - lr * static_cast<compute_t>(momentum_buffer[i]);
   }
 
+  template <bool kDeferred>
   FST_FAST_INLINE double advance_block(int64_t begin, int64_t end) const {
     double lanes[kLanes] = {};
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += advance(i + lane);
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += advance<kDeferred>(i + lane);
     }
-    for (int64_t lane = 0; i + lane < end; ++lane) lanes[lane] += advance(i + lane);
+    for (int64_t lane = 0; i + lane < end; ++lane) lanes[lane] += advance<kDeferred>(i + lane);
     double sum = 0;
     for (const double lane : lanes) sum += lane;
     return sum;
@@ -74,11 +84,11 @@ void for_each_block(int64_t count, const Body& body) {
   });
 }
 
-template <typename scalar_t>
+template <bool kDeferred, typename scalar_t>
 double advance(const Step<scalar_t>& step) {
   std::vector<double> partials((step.count + kBlock - 1) / kBlock);
   for_each_block(step.count, [&](int64_t block, int64_t begin, int64_t end) FST_FAST_INLINE {
-    partials[block] = step.advance_block(begin, end);
+    partials[block] = step.template advance_block<kDeferred>(begin, end);
   });
   double sum = 0;
   for (const double partial : partials) sum += partial;
@@ -96,9 +106,10 @@ void head_step_cpu(const at::Tensor& weight, const std::optional<at::Tensor>& bi
                    const at::Tensor& weight_momentum,
                    const std::optional<at::Tensor>& bias_momentum, const at::Tensor& lr,
                    double momentum, const std::optional<at::Tensor>& norm,
+                   const std::optional<at::Tensor>& weight_scale,
                    const std::optional<at::Tensor>& found_inf) {
   check_head_step(weight, bias, d_weight, d_bias, weight_momentum, bias_momentum, lr, norm,
-                  found_inf);
+                  weight_scale, found_inf);
   if (weight.numel() == 0) return;
   if (found_inf.has_value() && *found_inf->const_data_ptr<float>() != 0) return;
 
@@ -112,15 +123,23 @@ void head_step_cpu(const at::Tensor& weight, const std::optional<at::Tensor>& bi
               buffer.mutable_data_ptr<scalar_t>(), value.numel(),
               *lr.const_data_ptr<compute_t>(),     static_cast<compute_t>(momentum)};
         };
-        const auto step = step_of(weight, d_weight, weight_momentum);
-        const double squares = advance(step);
+        auto step = step_of(weight, d_weight, weight_momentum);
+        const bool deferred = weight_scale.has_value();
+        if (deferred) step.value_scale = *weight_scale->const_data_ptr<compute_t>();
+        const double squares = deferred ? advance<true>(step) : advance<false>(step);
         const bool project = norm.has_value() && squares != 0;
-        write(step, project ? static_cast<compute_t>(*norm->const_data_ptr<compute_t>() /
-                                                     std::sqrt(squares))
-                            : compute_t(1));
+        const auto scale =
+            project
+                ? static_cast<compute_t>(*norm->const_data_ptr<compute_t>() / std::sqrt(squares))
+                : compute_t(1);
+        if (deferred) {
+          *weight_scale->mutable_data_ptr<compute_t>() = scale;
+        } else {
+          write(step, scale);
+        }
         if (bias.has_value()) {
           const auto bias_step = step_of(*bias, *d_bias, *bias_momentum);
-          advance(bias_step);
+          advance<false>(bias_step);
           write(bias_step, compute_t(1));
         }
       });

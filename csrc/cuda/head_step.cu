@@ -1,28 +1,24 @@
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cooperative_groups.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 
 #include "../head_step.h"
+#include "device.cuh"
+#include "launch.h"
 
 namespace fst_fast {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kWarp = 32;
+constexpr size_t kSharedBytes = kThreads / kWarp * sizeof(double);
 // Up to here one block beats the cost of a grid-wide barrier.
 constexpr int64_t kOneBlock = 16384;
 
 template <typename scalar_t>
 struct Step {
-  using compute_t = at::opmath_type<scalar_t>;
+  using compute_t = compute_of<scalar_t>;
 
   scalar_t* weight;           // [count]
   const scalar_t* d_weight;   // [count]
@@ -33,16 +29,11 @@ struct Step {
   scalar_t* bias_momentum;  // [bias_count]
   int64_t bias_count;
   const compute_t* lr;
-  const compute_t* norm;   // null: no projection
-  const float* found_inf;  // null: always step
-  double* partials;        // [gridDim.x]; unused with one block
+  const compute_t* norm;    // null: no projection
+  compute_t* weight_scale;  // null: weight is the head; else the head is weight_scale * weight
+  const float* found_inf;   // null: always step
+  double* partials;         // [gridDim.x]; unused with one block
   compute_t momentum;
-};
-
-// kVector neighbours that move with one load or store.
-template <typename scalar_t, int kVector>
-struct alignas(sizeof(scalar_t) * kVector) Pack {
-  scalar_t at[kVector];
 };
 
 // Multiply and add are rounded one by one, as in eager PyTorch: nvcc would fuse a * b + c.
@@ -55,40 +46,33 @@ __device__ scalar_t next_momentum(scalar_t m, scalar_t g, compute_t momentum) {
   return static_cast<scalar_t>(product + static_cast<compute_t>(g));
 }
 
-template <typename scalar_t, typename compute_t>
-__device__ compute_t moved(scalar_t w, scalar_t m, compute_t lr) {
+template <typename value_t, typename scalar_t, typename compute_t>
+__device__ compute_t moved(value_t w, scalar_t m, compute_t lr) {
   return static_cast<compute_t>(w) - multiply(lr, static_cast<compute_t>(m));
 }
 
-// The sum over the block, added in a fixed order; every thread gets it.
-__device__ double block_sum(double value) {
-  __shared__ double warp_sums[kThreads / kWarp];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffff, value, offset);
-  }
-  // A thread may still be reading what an earlier call left in warp_sums.
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += warp_sums[warp];
-  return sum;
-}
-
 // m <- round(momentum * m + g) for elements [i, i + kVector); returns the sum of (w - lr * m)^2.
+// With a weight_scale, w <- round(weight_scale * w - lr * m) and the sum is that of w^2.
 template <int kVector, typename scalar_t, typename compute_t>
-__device__ compute_t advance(const Step<scalar_t>& step, int64_t i, compute_t lr) {
+__device__ compute_t advance(const Step<scalar_t>& step, int64_t i, compute_t lr,
+                             compute_t weight_scale) {
   using pack_t = Pack<scalar_t, kVector>;
-  const auto w = *reinterpret_cast<const pack_t*>(step.weight + i);
+  auto w = *reinterpret_cast<const pack_t*>(step.weight + i);
   const auto g = *reinterpret_cast<const pack_t*>(step.d_weight + i);
   auto m = *reinterpret_cast<const pack_t*>(step.weight_momentum + i);
   compute_t squares = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     m.at[j] = next_momentum(m.at[j], g.at[j], step.momentum);
-    const auto v = moved(w.at[j], m.at[j], lr);
+    auto v = moved(w.at[j], m.at[j], lr);
+    if (step.weight_scale != nullptr) {
+      const auto scaled = multiply(weight_scale, static_cast<compute_t>(w.at[j]));
+      w.at[j] = static_cast<scalar_t>(moved(scaled, m.at[j], lr));
+      v = static_cast<compute_t>(w.at[j]);
+    }
     squares += v * v;
   }
+  if (step.weight_scale != nullptr) *reinterpret_cast<pack_t*>(step.weight + i) = w;
   *reinterpret_cast<pack_t*>(step.weight_momentum + i) = m;
   return squares;
 }
@@ -106,10 +90,12 @@ __device__ void write(const Step<scalar_t>& step, int64_t i, compute_t lr, compu
   *reinterpret_cast<pack_t*>(step.weight + i) = w;
 }
 
-// norm / ||v||, from each thread's part of ||v||^2. Every thread of every block must call it.
+// norm / ||v||, from each thread's part of ||v||^2. Every thread of every block must call it, and
+// has read weight_scale before any returns.
 template <typename scalar_t, typename compute_t>
 __device__ compute_t projection_scale(const Step<scalar_t>& step, compute_t squares) {
-  double sum = block_sum(squares);
+  auto* warp_sums = reinterpret_cast<double*>(dynamic_shared());
+  double sum = block_sum(squares, warp_sums);
   if (gridDim.x > 1) {
     if (threadIdx.x == 0) step.partials[blockIdx.x] = sum;
     cooperative_groups::this_grid().sync();
@@ -118,8 +104,9 @@ __device__ compute_t projection_scale(const Step<scalar_t>& step, compute_t squa
     for (int block = threadIdx.x; block < gridDim.x; block += kThreads) {
       part += step.partials[block];
     }
-    sum = block_sum(part);
+    sum = block_sum(part, warp_sums);
   }
+  if (step.norm == nullptr) return 1;
   return sum == 0 ? compute_t(1) : static_cast<compute_t>(*step.norm / sqrt(sum));
 }
 
@@ -130,6 +117,8 @@ __global__ void __launch_bounds__(kThreads) head_step_kernel(Step<scalar_t> step
   if (step.found_inf != nullptr && *step.found_inf != 0) return;
 
   const compute_t lr = *step.lr;
+  const bool deferred = step.weight_scale != nullptr;
+  const compute_t weight_scale = deferred ? *step.weight_scale : compute_t(1);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t packed = step.count / kVector * kVector;
@@ -138,15 +127,20 @@ __global__ void __launch_bounds__(kThreads) head_step_kernel(Step<scalar_t> step
   // A thread visits the same elements in both passes, so it reads back only its own momentum.
   compute_t squares = 0;
   for (int64_t i = thread * kVector; i < packed; i += threads * kVector) {
-    squares += advance<kVector>(step, i, lr);
+    squares += advance<kVector>(step, i, lr, weight_scale);
   }
-  if (tail < step.count) squares += advance<1>(step, tail, lr);
+  if (tail < step.count) squares += advance<1>(step, tail, lr, weight_scale);
   for (int64_t i = thread; i < step.bias_count; i += threads) {
     step.bias_momentum[i] = next_momentum(step.bias_momentum[i], step.d_bias[i], step.momentum);
     step.bias[i] = static_cast<scalar_t>(moved(step.bias[i], step.bias_momentum[i], lr));
   }
 
-  const compute_t scale = step.norm == nullptr ? 1 : projection_scale(step, squares);
+  const bool free = step.norm == nullptr && !deferred;
+  const compute_t scale = free ? compute_t(1) : projection_scale(step, squares);
+  if (deferred) {
+    if (thread == 0) *step.weight_scale = scale;
+    return;
+  }
 
   for (int64_t i = thread * kVector; i < packed; i += threads * kVector) {
     write<kVector>(step, i, lr, scale);
@@ -154,42 +148,19 @@ __global__ void __launch_bounds__(kThreads) head_step_kernel(Step<scalar_t> step
   if (tail < step.count) write<1>(step, tail, lr, scale);
 }
 
-// How many blocks fit on the device at once: a grid-wide barrier waits for ever with more.
 template <typename scalar_t, int kVector>
-int resident_blocks(int device) {
-  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> cache{};
-  int blocks = cache.at(device);
-  if (blocks == 0) {
-    int per_multiprocessor = 0;
-    int multiprocessors = 0;
-    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &per_multiprocessor, head_step_kernel<scalar_t, kVector>, kThreads, 0));
-    C10_CUDA_CHECK(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    blocks = per_multiprocessor * multiprocessors;
-    cache[device] = blocks;
-  }
-  return blocks;
-}
-
-template <typename scalar_t, int kVector>
-void launch(Step<scalar_t> step, const at::Tensor& weight) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+void launch_step(Step<scalar_t> step, const at::Tensor& weight) {
+  static Residency residency;
   const auto kernel = head_step_kernel<scalar_t, kVector>;
-  if (step.count <= kOneBlock) {
-    kernel<<<1, kThreads, 0, stream>>>(step);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    return;
-  }
+  if (step.count <= kOneBlock) return launch(kernel, 1, kThreads, kSharedBytes, step);
   const int64_t per_block = static_cast<int64_t>(kThreads) * kVector;
   const int64_t wanted = (step.count + per_block - 1) / per_block;
-  const int64_t resident = resident_blocks<scalar_t, kVector>(weight.get_device());
-  const auto blocks = static_cast<unsigned>(std::min(wanted, resident));
+  const int64_t resident =
+      resident_blocks(kernel, kThreads, kSharedBytes, weight.get_device(), residency);
+  const int64_t blocks = std::min(wanted, resident);
   const at::Tensor partials = weight.new_empty({blocks}, weight.options().dtype(at::kDouble));
   step.partials = partials.mutable_data_ptr<double>();
-  void* arguments[] = {&step};
-  C10_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                             dim3(kThreads), arguments, 0, stream));
+  launch_together(kernel, blocks, kThreads, kSharedBytes, step);
 }
 
 void head_step_cuda(const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -197,15 +168,16 @@ void head_step_cuda(const at::Tensor& weight, const std::optional<at::Tensor>& b
                     const at::Tensor& weight_momentum,
                     const std::optional<at::Tensor>& bias_momentum, const at::Tensor& lr,
                     double momentum, const std::optional<at::Tensor>& norm,
+                    const std::optional<at::Tensor>& weight_scale,
                     const std::optional<at::Tensor>& found_inf) {
   check_head_step(weight, bias, d_weight, d_bias, weight_momentum, bias_momentum, lr, norm,
-                  found_inf);
+                  weight_scale, found_inf);
   if (weight.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(weight.device());
+  const DeviceGuard guard(weight.device());
 
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, weight.scalar_type(), "head_step_", [&] {
-        using compute_t = at::opmath_type<scalar_t>;
+        using compute_t = compute_of<scalar_t>;
         Step<scalar_t> step{};
         step.weight = weight.mutable_data_ptr<scalar_t>();
         step.d_weight = d_weight.const_data_ptr<scalar_t>();
@@ -219,6 +191,9 @@ void head_step_cuda(const at::Tensor& weight, const std::optional<at::Tensor>& b
         }
         step.lr = lr.const_data_ptr<compute_t>();
         if (norm.has_value()) step.norm = norm->const_data_ptr<compute_t>();
+        if (weight_scale.has_value()) {
+          step.weight_scale = weight_scale->mutable_data_ptr<compute_t>();
+        }
         if (found_inf.has_value()) step.found_inf = found_inf->const_data_ptr<float>();
         step.momentum = static_cast<compute_t>(momentum);
 
@@ -228,9 +203,9 @@ void head_step_cuda(const at::Tensor& weight, const std::optional<at::Tensor>& b
         };
         if (misaligned(step.weight) || misaligned(step.d_weight) ||
             misaligned(step.weight_momentum)) {
-          launch<scalar_t, 1>(step, weight);
+          launch_step<scalar_t, 1>(step, weight);
         } else {
-          launch<scalar_t, kVector>(step, weight);
+          launch_step<scalar_t, kVector>(step, weight);
         }
       });
 }

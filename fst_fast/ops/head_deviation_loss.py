@@ -1,6 +1,5 @@
 """Cross-entropy of a linear head plus its deviation penalty: loss and gradients in one pass."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,10 +8,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fst_fast import backends
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS = ("mean", "sum", "none")
-NAME = "head_deviation_loss"
+from fst_fast.ops._head_deviation_check import NAME, check, compute_dtype
 
 
 class HeadDeviation(NamedTuple):
@@ -55,6 +51,7 @@ def head_deviation_loss(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
+    weight_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> HeadDeviation:
     """The loss of Feature Shift Tuning (arXiv 2310.01875, section 3), from the head's input.
@@ -80,6 +77,8 @@ def head_deviation_loss(
         label_smoothing: in [0, 1].
         class_weight: [K] in the compute dtype, a constant.
         ignore_index: rows with this label count for nothing.
+        weight_scale: 0-d in the compute dtype, a constant: the head is weight_scale * weight, and
+            the gradient handed to weight is that of the head, as ``head_step_`` takes it.
         backend: one of reference, cpu, triton, cuda; None takes the best available.
     Returns:
         A :class:`HeadDeviation`; floating values are in the compute dtype.
@@ -99,50 +98,24 @@ def head_deviation_loss(
         factor, alpha_scale = 1.0, alpha
     else:
         factor, alpha_scale = float(alpha), None
+    tensors = (features, weight, bias, labels, weight0, class_weight)
+    scales = (weight_scale, alpha_scale)
+    settings = (factor, reduction, label_smoothing, ignore_index)
     if not torch.compiler.is_compiling() and type(features) in (Tensor, torch.nn.Parameter):
         function = backends.choose(NAME, features.device, backend)
         if isinstance(function, OpOverload):
+            native = torch.ops.fst_fast_native.head_deviation_autograd.default
             try:
-                return HeadDeviation(
-                    *torch.ops.fst_fast_native.head_deviation_autograd.default(
-                        features,
-                        weight,
-                        bias,
-                        labels,
-                        weight0,
-                        class_weight,
-                        alpha_scale,
-                        factor,
-                        reduction,
-                        label_smoothing,
-                        ignore_index,
-                    )
-                )
-            except ValueError:
-                # The native op refuses in brief; here are the words, unless it was a label.
-                check(features, weight, bias, labels, weight0, class_weight, alpha_scale, factor)
-                check_settings(reduction, label_smoothing)
+                return HeadDeviation(*native(*tensors, *scales, *settings))
+            except (ValueError, NotImplementedError):
+                # Refused in brief, or a mix of devices; here are the words, unless it was a label.
+                check(*tensors, *scales, factor, reduction, label_smoothing)
                 raise
-    check(features, weight, bias, labels, weight0, class_weight, alpha_scale, factor)
-    check_settings(reduction, label_smoothing)
-    tensors = (features, weight, bias)
+    check(*tensors, *scales, factor, reduction, label_smoothing)
     grad = torch.is_grad_enabled() and reduction != "none"
+    mask = [grad and t is not None and t.requires_grad for t in tensors[:3]]
     output = torch.ops.fst_fast.head_deviation_loss.default(
-        features,
-        weight,
-        bias,
-        labels,
-        weight0,
-        class_weight,
-        None,
-        None,
-        alpha_scale,
-        factor,
-        reduction,
-        label_smoothing,
-        ignore_index,
-        [grad and t is not None and t.requires_grad for t in tensors],
-        backend or "",
+        *tensors, None, *scales, *settings, mask, backend or ""
     )
     return HeadDeviation(*output[:5])
 
@@ -156,6 +129,9 @@ torch.library.define(
     "str backend) -> (Tensor loss, Tensor cross_entropy, Tensor penalty, Tensor correct, "
     "Tensor invalid, Tensor d_features, Tensor d_weight, Tensor d_bias)",
 )
+
+
+ROW_GRAD = 6  # its place among the arguments
 
 
 @torch.library.impl("fst_fast::head_deviation_loss", "default")
@@ -209,137 +185,57 @@ def _(
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    *tensors, alpha, reduction, label_smoothing, ignore_index, mask, backend = inputs
+    *tensors, alpha, reduction, label_smoothing, ignore_index, _, backend = inputs
     ctx.settings = (alpha, reduction, label_smoothing, ignore_index)  # type: ignore[attr-defined]
     ctx.backend = backend  # type: ignore[attr-defined]
     # The gradient of a sum over rows needs the rows' own gradients, which only backward knows.
-    saved = tensors if reduction == "none" else [t for t, m in zip(output[5:], mask, strict=True)]
-    ctx.save_for_backward(*saved)
+    ctx.save_for_backward(*tensors, *([] if reduction == "none" else output[5:]))
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: object) -> tuple:
     needs = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
     if grad is None:
         return (None,) * 15
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
     with torch.no_grad():
         if ctx.settings[1] == "none":  # type: ignore[attr-defined]
-            gradients = _row_gradients(ctx, grad, needs)
+            gradients = _row_gradients(ctx, saved, grad, needs)
         else:
-            saved = ctx.saved_tensors  # type: ignore[attr-defined]
-            gradients = tuple((d * grad).to(d.dtype) for d in saved)
+            gradients = tuple((d * grad).to(d.dtype) for d in saved[9:])
     if torch.is_grad_enabled():
-        message = f"{NAME}: has no second derivative; use the PyTorch formula of its docstring"
-        refuse = torch._C._functions.DelayedError(message.encode(), 3)
-        gradients = refuse(*[d.detach().requires_grad_() for d in gradients])
+        gradients = _NoSecondDerivative.apply(*gradients, *saved[:3], grad)
     return tuple(d if need else None for d, need in zip(gradients, needs, strict=True)) + (
         (None,) * 12
     )
 
 
-def _row_gradients(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, needs: list) -> tuple:
-    *tensors, weight_scale, alpha_scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    tensors[6] = grad.contiguous()
+def _row_gradients(
+    ctx: torch.autograd.function.FunctionCtx, saved: Sequence[Tensor], grad: Tensor, needs: list
+) -> tuple:
+    tensors = list(saved)
+    tensors[ROW_GRAD] = grad.contiguous()
     return torch.ops.fst_fast.head_deviation_loss.default(
         *tensors,
-        weight_scale,
-        alpha_scale,
         *ctx.settings,  # type: ignore[attr-defined]
         list(needs),
         ctx.backend,  # type: ignore[attr-defined]
     )[5:]
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes three gradients on, joined to all that they depend on: none is silently a constant."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor) -> tuple:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:3])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: object) -> tuple:
+        raise RuntimeError(
+            f"{NAME}: has no second derivative; use the PyTorch formula of its docstring"
+        )
+
+
 torch.library.register_autograd(
     "fst_fast::head_deviation_loss", _backward, setup_context=_setup_context
 )
-
-
-def compute_dtype(features: Tensor) -> torch.dtype:
-    """What sums are added up in."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def check_settings(reduction: str, label_smoothing: float) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{NAME}: reduction must be mean, sum or none, got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{NAME}: label_smoothing must be in [0, 1], got {label_smoothing}")
-
-
-def check(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    weight0: Tensor | None,
-    class_weight: Tensor | None,
-    alpha_scale: Tensor | None,
-    alpha: float,
-) -> None:
-    """Refuse, in words, what :func:`head_deviation_loss` cannot take."""
-    compute = compute_dtype(features)
-    if features.dim() != 2:
-        raise ValueError(
-            f"{NAME}: features must be [B, D], got {list(features.shape)}; use features.flatten(1)"
-        )
-    if features.dtype not in DTYPES:
-        raise ValueError(
-            f"{NAME}: features must be float64, float32, bfloat16 or float16, got "
-            f"{features.dtype}; use features.float()"
-        )
-    B, D = features.shape
-    if weight.dim() != 2 or weight.shape[1] != D or 0 in weight.shape:
-        raise ValueError(
-            f"{NAME}: weight must be [K, {D}] with K and D at least 1, like features [{B}, {D}], "
-            f"got {list(weight.shape)}"
-        )
-    if weight.dtype not in (features.dtype, compute):
-        raise ValueError(
-            f"{NAME}: weight must be {features.dtype} like features, or {compute}, got "
-            f"{weight.dtype}; use weight.to({features.dtype})"
-        )
-    K = len(weight)
-    like_weight = (weight.dtype, "weight")
-    _check_like("weight", weight, [K, D], like_weight, features)
-    if bias is not None:
-        _check_like("bias", bias, [K], like_weight, features)
-    _check_like("labels", labels, [B], (torch.int64, "class indices"), features)
-    if class_weight is not None:
-        _check_constant("class_weight", class_weight, [K], (compute, "the loss"), features)
-    if alpha_scale is not None:
-        _check_constant("alpha", alpha_scale, [], (compute, "the loss"), features)
-    elif not math.isfinite(alpha):
-        raise ValueError(f"{NAME}: alpha must be finite, got {alpha}")
-    if weight0 is not None:
-        _check_constant("weight0", weight0, [K, D], like_weight, features)
-    elif alpha != 0 or alpha_scale is not None:
-        raise ValueError(
-            f"{NAME}: weight0 must be the weight before tuning, got None; pass it, or alpha=0"
-        )
-
-
-def _check_like(
-    name: str, tensor: Tensor, shape: list[int], dtype: tuple[torch.dtype, str], features: Tensor
-) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{NAME}: {name} must be {shape}, got {list(tensor.shape)}")
-    if tensor.dtype != dtype[0]:
-        raise ValueError(
-            f"{NAME}: {name} must be {dtype[0]} like {dtype[1]}, got {tensor.dtype}; "
-            f"use {name}.to({dtype[0]})"
-        )
-    if tensor.device != features.device:
-        raise ValueError(
-            f"{NAME}: {name} must be on {features.device} like features, got {tensor.device}; "
-            f"use {name}.to({str(features.device)!r})"
-        )
-
-
-def _check_constant(
-    name: str, tensor: Tensor, shape: list[int], dtype: tuple[torch.dtype, str], features: Tensor
-) -> None:
-    _check_like(name, tensor, shape, dtype, features)
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{NAME}: {name} must not require grad, it is a constant; use {name}.detach()"
-        )

@@ -21,6 +21,7 @@ def head_step_(
     lr: float | Tensor,
     momentum: float = 0.9,
     norm: float | Tensor | None = None,
+    weight_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
@@ -36,6 +37,13 @@ def head_step_(
 
     The bias takes the same step and is never projected.
 
+    A head too large for the caches is read and written twice that way, because the norm is known
+    only when all of it has moved. With ``weight_scale`` the head is ``weight_scale * weight`` and
+    one pass is enough: the scaling waits for the next step::
+
+        weight = round(weight_scale * weight - lr * weight_momentum)
+        weight_scale = norm / weight.norm()         # 1 if norm is None or weight is all zeros
+
     Args:
         weight: [K, D] float64, float32, bfloat16 or float16, contiguous; changed in place.
         bias: [K], same dtype, contiguous, changed in place; None if the head has none.
@@ -47,6 +55,7 @@ def head_step_(
             tensor at every replay.
         momentum: in [0, 1).
         norm: the Frobenius norm to hold, a float or a 0-d tensor like ``lr``; None leaves it free.
+        weight_scale: 0-d tensor in the compute dtype, changed in place; ones before step one.
         found_inf: 0-d float32 tensor as of ``torch.amp.GradScaler``, read on the device; if it is
             not zero, nothing changes.
         backend: one of reference, cpu, triton, cuda; None takes the best available.
@@ -65,6 +74,12 @@ def head_step_(
         raise ValueError(f"head_step_: momentum must be in [0, 1), got {momentum}")
     lr = _scalar("lr", lr, weight)
     norm = None if norm is None else _scalar("norm", norm, weight)
+    if weight_scale is not None:
+        _check_scalar("weight_scale", weight_scale, weight)
+        if weight_scale.dtype != lr.dtype:
+            raise ValueError(
+                f"head_step_: weight_scale must be {lr.dtype}, got {weight_scale.dtype}"
+            )
     if found_inf is not None:
         _check_scalar("found_inf", found_inf, weight)
         if found_inf.dtype != torch.float32:
@@ -80,6 +95,7 @@ def head_step_(
             lr,
             momentum,
             norm,
+            weight_scale,
             found_inf,
             backend or "",
         )
@@ -90,7 +106,7 @@ torch.library.define(
     "fst_fast::head_step_",
     "(Tensor(a!) weight, Tensor(b!)? bias, Tensor d_weight, Tensor? d_bias, "
     "Tensor(c!) weight_momentum, Tensor(d!)? bias_momentum, Tensor lr, float momentum, "
-    "Tensor? norm, Tensor? found_inf, str backend) -> ()",
+    "Tensor? norm, Tensor(e!)? weight_scale, Tensor? found_inf, str backend) -> ()",
 )
 
 
@@ -105,6 +121,7 @@ def _head_step(
     lr: Tensor,
     momentum: float,
     norm: Tensor | None,
+    weight_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str,
 ) -> None:
@@ -121,9 +138,10 @@ def _head_step(
         lr,
         momentum,
         norm,
+        weight_scale,
         found_inf,
     )
-    changed = (weight, bias, weight_momentum, bias_momentum)
+    changed = (weight, bias, weight_momentum, bias_momentum, weight_scale)
     # Autograd then notices a graph that saved the old values.
     torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])
 

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cstdint>
+
+// Device code that several kernels share. No ATen and no CUDA host calls here.
+namespace fst_fast {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// The shared memory that a launch asks for.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return shared_memory;
+}
+
+// What sums are added up in.
+template <typename scalar_t>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using compute_of = typename ComputeOf<scalar_t>::type;
+
+// kVector neighbours that move with one load or store, or with several of 16 bytes.
+template <typename scalar_t, int kVector>
+struct alignas(sizeof(scalar_t) * kVector < 16 ? sizeof(scalar_t) * kVector : 16) Pack {
+  scalar_t at[kVector];
+};
+
+template <int kVector, typename scalar_t>
+__device__ inline Pack<scalar_t, kVector> load_pack(const scalar_t* pointer) {
+  return *reinterpret_cast<const Pack<scalar_t, kVector>*>(pointer);
+}
+
+template <int kVector, typename scalar_t>
+__device__ inline void store_pack(scalar_t* pointer, const Pack<scalar_t, kVector>& pack) {
+  *reinterpret_cast<Pack<scalar_t, kVector>*>(pointer) = pack;
+}
+
+// Every lane gets the sum over the warp, added in a fixed order.
+template <typename value_t>
+__device__ inline value_t warp_sum(value_t value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset);
+  }
+  return value;
+}
+
+__device__ inline int64_t warp_min(int64_t value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int64_t other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other < value ? other : value;
+  }
+  return value;
+}
+
+// Every thread gets the sum over the block, added in a fixed order. warp_sums: one per warp.
+__device__ inline double block_sum(double value, double* warp_sums) {
+  value = warp_sum(value);
+  // A thread may still be reading what an earlier call left in warp_sums.
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += warp_sums[warp];
+  return sum;
+}
+
+}  // namespace fst_fast
