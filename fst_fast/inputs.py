@@ -13,7 +13,7 @@ from torch import Tensor, nn
 Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batches:
@@ -213,7 +213,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """Autocast for a resolved precision; for "fp32" the model's own dtype is used."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, _AUTOCAST[precision])
+    return torch.autocast(device.type, AUTOCAST[precision])
 
 
 def memory_layout(model: nn.Module, images: Tensor) -> torch.memory_format:

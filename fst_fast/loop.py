@@ -1,4 +1,4 @@
-"""The tuning loop: precision, layout, the step, its guard against NaN, and the metrics."""
+"""The tuning loop: precision, layout, the step and the metrics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .features import FeatureTap
+from .guard import Guard
 from .heads import logits_of
-from .inputs import Batches, autocast, check_batch
+from .inputs import AUTOCAST, Batches, autocast, check_batch
 from .methods import HeadState, Method
+from .ops import head_deviation_loss
 from .progress import EpochRecord, ProgressReport
+
+# Heads of so many weights fall out of the caches: one pass fewer over them is a third of a step.
+DEFERRED_FROM = 2**19
 
 Callback = Callable[[EpochRecord, nn.Module], bool | None]
 
@@ -33,85 +39,6 @@ class LoopSettings:
     precision: str
     channels_last: bool
     backend: str | None
-
-
-class Guard:
-    """Keeps NaN and Inf out of the weights without waiting for the device.
-
-    ``found_inf`` goes to the optimizer and to ``head_step_``, which leave everything as it is
-    where it is not zero. It stays set after a loss, gradient or buffer that is not finite, so that
-    nothing moves until the host has noticed; with a loss scale (fp16), an overflow of the gradients
-    alone skips one step and lowers the scale. On a GPU the host reads the flag of the step before,
-    so that the device always has a step to work on; buffers (batch-norm statistics) are kept from
-    before the last two steps and put back.
-    """
-
-    def __init__(
-        self, model: nn.Module, device: torch.device, precision: str, lag: int | None = None
-    ) -> None:
-        self.scales = precision == "fp16"
-        self.scale = torch.full((), 2.0**16 if self.scales else 1.0, device=device)
-        self.found_inf = torch.zeros((), device=device)
-        self._growth = torch.zeros((), dtype=torch.int32, device=device)
-        self._fatal = torch.zeros((), device=device)
-        self._buffers = list(model.buffers())
-        self._statistics = [b for b in self._buffers if b.is_floating_point()]
-        self._one = torch.ones((), device=device)
-        self._kept = [[b.clone() for b in self._buffers] for _ in range(2)]
-        pinned = device.type == "cuda"
-        self._lag = int(pinned) if lag is None else lag
-        self._seen = [torch.zeros((), pin_memory=pinned) for _ in range(2)]
-        self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
-        self._step = 0
-
-    def before_step(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._kept[self._step % 2], self._buffers)
-
-    def inspect(self, loss: Tensor, grads: list[Tensor]) -> None:
-        """Unscale the gradients in place and set ``found_inf``."""
-        self._fatal += loss.isfinite().logical_not()
-        _scale_and_check(self._statistics, self._one, self._fatal)
-        self.found_inf.zero_()
-        _scale_and_check(grads, self.scale.reciprocal(), self.found_inf)
-        if not self.scales:
-            self._fatal += self.found_inf
-        # The fused optimizers compare with 1 exactly.
-        self._fatal.clamp_(max=1)
-        if self.scales:
-            torch._amp_update_scale_(self.scale, self._growth, self.found_inf, 2.0, 0.5, 2000)
-        torch.maximum(self.found_inf, self._fatal, out=self.found_inf)
-
-    def after_step(self) -> bool:
-        """Queue this step's flag for the host; True if a step that is done had gone wrong."""
-        slot = self._step % 2
-        self._seen[slot].copy_(self._fatal, non_blocking=True)
-        event = self._events[slot]
-        if event is not None:
-            event.record()
-        self._step += 1
-        return self._step > self._lag and self._failed(self._step - 1 - self._lag)
-
-    def finish(self) -> bool:
-        """As :meth:`after_step`, for the steps still in flight."""
-        return any(self._failed(s) for s in range(max(0, self._step - 1 - self._lag), self._step))
-
-    def _failed(self, step: int) -> bool:
-        event = self._events[step % 2]
-        if event is not None:
-            event.synchronize()
-        if self._seen[step % 2].item() == 0:
-            return False
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept[step % 2])
-        return True
-
-
-def _scale_and_check(tensors: list[Tensor], factor: Tensor, found: Tensor) -> None:
-    """Multiply in place by a device scalar; set ``found`` to 1 where an element is not finite."""
-    for dtype in {tensor.dtype for tensor in tensors}:
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        torch._amp_foreach_non_finite_check_and_unscale_(group, found, factor)
 
 
 class Interrupts:
@@ -144,7 +71,12 @@ class Tuner:
     """
 
     def __init__(
-        self, model: nn.Module, head: nn.Module, method: Method, settings: LoopSettings
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        method: Method,
+        settings: LoopSettings,
+        tap: FeatureTap | None = None,
     ) -> None:
         self.model = model
         self.method = method
@@ -165,6 +97,10 @@ class Tuner:
         self._optimizer = self._make_optimizer() if self._backbone else None
         self._guard = Guard(model, settings.device, settings.precision)
         self._recent: deque[Tensor] = deque(maxlen=2)
+        # A method's own loss asks for logits.
+        self._tap = tap if type(method).loss is Method.loss else None
+        if self._tap is not None and method.project and self.head.weight.numel() >= DEFERRED_FROM:
+            self.head.defer_scale()
 
     def _make_optimizer(self) -> torch.optim.SGD:
         optimizer = torch.optim.SGD(
@@ -226,6 +162,8 @@ class Tuner:
             # Workers of a DataLoader end on the same Ctrl-C, which the loader reports as an error.
             if not interrupts.requested:
                 raise
+        finally:
+            self.head.materialize()
         where = f"epoch {epoch + 1}, step {step}"
         if self._guard.finish():
             self._explain_failure(where)
@@ -258,11 +196,7 @@ class Tuner:
         labels = labels.to(settings.device, torch.int64, non_blocking=True)
         self._recent.append(images)
         guard.before_step()
-        with autocast(settings.device, settings.precision):
-            logits = logits_of(self.model(images))
-        logits = logits.flatten(1)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        loss = self.method.loss(logits, labels, self.head)
+        loss, correct = self._loss(images, labels)
         self.model.zero_grad(set_to_none=True)
         (loss * guard.scale).backward()
         trained = self._backbone + self._head_parameters
@@ -270,7 +204,40 @@ class Tuner:
         self._update()
         with torch.no_grad():
             totals[0] += loss.detach() * len(images)
-            totals[1] += (logits.argmax(1) == labels).sum()
+            totals[1] += correct
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the number correct, from features where the model allows it."""
+        settings, head = self.settings, self.head
+        with autocast(settings.device, settings.precision):
+            if self._tap is not None:
+                features = self._tap(images)
+                if features is not None:
+                    return self._fused_loss(features, labels)
+                # In train mode the model does more than its head, after all.
+                self._tap = None
+                head.materialize()
+                head.weight_scale = None
+                self._guard.undo_forward()
+            logits = logits_of(self.model(images)).flatten(1)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
+
+    def _fused_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        head, penalty = self.head, self.method.penalty
+        # Layers that autocast keeps in float32 may come last; the head's product is not one.
+        dtype = AUTOCAST.get(self.settings.precision, head.weight0.dtype)
+        got = head_deviation_loss(
+            features.to(dtype),
+            head.weight,
+            head.bias,
+            labels,
+            head.weight0,
+            penalty,
+            weight_scale=head.weight_scale,
+            backend=self.settings.backend,
+        )
+        return got.loss, got.correct
 
     def _update(self) -> None:
         if self._optimizer is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import backends, methods
 from .evaluate import measure
+from .features import tap_features
 from .heads import find_head, head_matrix, head_name, unwrap
 from .inputs import (
     Batches,
@@ -119,7 +120,7 @@ def purify(
     started = time.perf_counter()
     with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
         settings = replace(settings, channels_last=_use_channels_last(tuned, images, place))
-        tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, seed)
+        tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, images, seed)
         with seeded(seed, place):
             tuner.run(batches, report, validate, callbacks)
         if tuner.stopped is not None:
@@ -240,10 +241,15 @@ def _trained_head(
 
 
 def _tuner(
-    model: nn.Module, head: nn.Module, method: Method, settings: LoopSettings, seed: int
+    model: nn.Module,
+    head: nn.Module,
+    method: Method,
+    settings: LoopSettings,
+    images: Tensor,
+    seed: int,
 ) -> Tuner:
     """The run, with the head re-initialised where the method does that."""
-    tuner = Tuner(model, head, method, settings)
+    tuner = Tuner(model, head, method, settings, tap_features(model, head, images))
     if method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(seed))
     return tuner

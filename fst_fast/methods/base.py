@@ -24,6 +24,7 @@ class HeadState:
         weight0: [K, D], a frozen copy of the weight as it came.
         norm0: 0-d, the Frobenius norm of weight0.
         weight_momentum, bias_momentum: SGD's buffers, zero at the start.
+        weight_scale: None, or 0-d: the head is weight_scale * weight until :meth:`materialize`.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -33,6 +34,18 @@ class HeadState:
             self.norm0 = self.weight0.norm()
             self.weight_momentum = torch.zeros_like(self.weight0)
             self.bias_momentum = None if self.bias is None else torch.zeros_like(self.bias)
+        self.weight_scale: Tensor | None = None
+
+    def defer_scale(self) -> None:
+        """Keep the projection's factor apart, so that a step is one pass over the weight."""
+        self.weight_scale = torch.ones_like(self.norm0)
+
+    def materialize(self) -> None:
+        """Make the weight the head again, for whoever looks at it."""
+        if self.weight_scale is not None:
+            with torch.no_grad():
+                self.weight.mul_(self.weight_scale)
+                self.weight_scale.fill_(1)
 
     @property
     def weight(self) -> Tensor:
@@ -74,6 +87,7 @@ class HeadState:
             lr=lr,
             momentum=momentum,
             norm=self.norm0 if project else None,
+            weight_scale=self.weight_scale,
             found_inf=found_inf,
             backend=backend,
         )
@@ -84,6 +98,7 @@ class HeadState:
 
     def shift(self) -> Tensor:
         """[2]: the cosine between weight and weight0, and the norm of weight, on the device."""
+        self.materialize()
         with torch.no_grad():
             weight = self.weight.float()
             weight0 = self.weight0.float()
@@ -107,9 +122,21 @@ class Method:
 
     project: bool = False
 
+    @property
+    def penalty(self) -> float:
+        """The weight of <W, W0> in the loss."""
+        return 0.0
+
     def loss(self, logits: Tensor, labels: Tensor, head: HeadState) -> Tensor:
-        """The 0-d loss of logits [B, K] float32 and labels [B] int64; mean cross-entropy."""
-        return F.cross_entropy(logits, labels)
+        """The 0-d loss of logits [B, K] float32 and labels [B] int64.
+
+        Mean cross-entropy + penalty * <W, W0>. A method that overrides this always gets logits;
+        one that does not is run on the fused loss where the model allows it.
+        """
+        cross_entropy = F.cross_entropy(logits, labels)
+        if not self.penalty:
+            return cross_entropy
+        return cross_entropy + self.penalty * (head.weight * head.weight0).sum()
 
     def settings(self) -> Mapping[str, object]:
         """The method's name and settings as plain values, for manifests."""

@@ -4,10 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.nn import functional as F
-
-from .base import HeadState, Method
+from .base import Method
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,6 @@ class FST(Method):
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"fst: alpha must be a finite number >= 0, got {self.alpha}")
 
-    def loss(self, logits: Tensor, labels: Tensor, head: HeadState) -> Tensor:
-        overlap = (head.weight * head.weight0).sum()
-        return F.cross_entropy(logits, labels) + self.alpha * overlap
+    @property
+    def penalty(self) -> float:
+        return self.alpha
