@@ -3,7 +3,9 @@
 from . import heads, methods, ops, triggers
 from .checkpoint import LoadError, load
 from .data import Augment, DeviceLoader
+from .drop_in import HeadDeviationLoss
 from .evaluate import Metrics, evaluate
+from .projection import attach
 from .purify import purify
 from .result import HeadShift, PurifyResult
 
@@ -12,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Augment",
     "DeviceLoader",
+    "HeadDeviationLoss",
     "HeadShift",
     "LoadError",
     "Metrics",
     "PurifyResult",
+    "attach",
     "evaluate",
     "heads",
     "load",
