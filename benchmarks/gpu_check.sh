@@ -22,12 +22,13 @@ part info 60 "$python" -m fst_fast info --json
 part tests 600 "$python" -m pytest -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
-    part "sanitizer-$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q tests/test_head_step.py -k "cuda-cuda and (small or large)"
+    part "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q tests/test_head_step.py tests/test_head_step_deferred.py \
+      tests/test_head_deviation_loss.py \
+      -k "cuda-cuda and (test_found_inf or test_ten_steps or test_parts or (one_setting and plain))"
   done
 else
   echo "compute-sanitizer: not installed, left out"
 fi
-part bench 300 "$python" -m pytest -q benchmarks/test_head_step.py --benchmark-only \
-  --benchmark-json "$out/head_step.json"
+part bench 420 "$python" -m fst_fast.bench head --device cuda --record "$out"
 exit $failed

@@ -5,6 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+from fst_fast.bench.table import error_ratio, size
+from fst_fast.bench.table import time as microseconds
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -64,8 +67,94 @@ def heads():
     return table(["library", *VERDICTS], rows)
 
 
+def head():
+    """head_deviation_loss, forward and backward."""
+    return bench_tables("head", "head_deviation_loss")
+
+
+def head_step():
+    return bench_tables("head", "head_step_")
+
+
+def bench_tables(suite, op):
+    """The newest record of each device; where there is none, that is said."""
+    parts = []
+    for device, place in DEVICES.items():
+        records = [json.loads(p.read_text()) for p in RESULTS.glob(f"{device}/*-{suite}.json")]
+        if not records:
+            parts.append(f"Not yet measured on a {place}.")
+            continue
+        record = max(records, key=lambda record: record["time"])
+        rows = [bench_row(case) for case in record["cases"] if case["op"] == op]
+        parts.append(f"{bench_title(record)}\n\n{table(BENCH_HEADER, rows)}")
+    return "\n\n".join(parts)
+
+
+def bench_title(record):
+    commit = (record["commit"] or "no commit")[:7] + (" with changes" if record["dirty"] else "")
+    rates = "; ".join(
+        f"threads {row['threads']}: copy {row['copy_gb_per_s']:.0f} GB/s, `torch.mm` float32 "
+        f"{row['fp32_gflop_per_s']:.0f} and bfloat16 {row['bf16_gflop_per_s']:.0f} GFLOP/s"
+        for row in record["machine"]
+    )
+    versions = f"torch {record['versions']['torch']}, {record['date']}, {commit}"
+    return f"{record['device']['name']}, {versions}. {rates}."
+
+
+def bench_row(case):
+    """Ours is the fastest of our backends; the rival the fastest of the others that are right."""
+    rows = {row["variant"]: row for row in case["variants"]}
+    eager = rows.get("eager")
+    ours = fastest(row for row in rows.values() if row["ours"])
+    rival = fastest(
+        row
+        for name, row in rows.items()
+        if not row["ours"] and row["reason"] is None and name != "eager"
+    )
+    shape = ", ".join(map(str, case["shape"]))
+    start = [shape, case["dtype"], case["threads"], microseconds(case["floor"]["us"])]
+    theirs = "" if rival is None else cell(rival)
+    if eager is None or ours is None:
+        first = "failed" if eager is None else microseconds(eager["p50_us"])
+        return [*start, first, theirs, "refused or not available", *[""] * 4]
+    hot = f" ({ours['hot']['speedup_over_eager']:.1f})" if ours["hot"] else ""
+    return [
+        *start,
+        microseconds(eager["p50_us"]),
+        theirs,
+        cell(ours),
+        f"{ours['speedup_over_eager']:.1f}{hot}",
+        "" if rival is None else f"{rival['p50_us'] / ours['p50_us']:.1f}",
+        " / ".join(extra_memory(row, case) for row in (ours, eager)),
+        error_ratio(ours["errors"], eager["errors"]),
+    ]
+
+
+def extra_memory(row, case):
+    """A share where it means something; the measurement does not resolve small cases."""
+    if row["peak_extra_bytes"] is None:
+        return "?"
+    if case["yardstick_bytes"] < SMALL_BYTES:
+        return size(row["peak_extra_bytes"])
+    return f"{100 * row['extra_share']:.0f} %"
+
+
+def fastest(rows):
+    return min(rows, key=lambda row: row["p50_us"], default=None)
+
+
+def cell(row):
+    return f"{microseconds(row['p50_us'])} ({row['variant']})"
+
+
+SMALL_BYTES = 4e6
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+BENCH_HEADER = [
+    *("shape", "dtype", "threads", "floor", "eager", "best rival", "ours"),
+    *("x eager (in cache)", "x rival", "extra memory, ours / eager", "error, ours / eager"),
+]
 VERDICTS = ("right", "refused", "wrong")
-TABLES = {"efficacy": efficacy, "heads": heads}
+TABLES = {"efficacy": efficacy, "heads": heads, "head": head, "head_step": head_step}
 
 
 def fill(text):

@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | info``."""
+"""The command line: ``fst-fast demo | purify | evaluate | bench | info``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from . import backends, checkpoint, methods, triggers
+from .bench import options as bench
 from .data import DeviceLoader, Normalization
 from .evaluate import evaluate
 from .lab import datasets
@@ -79,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--target", type=int, default=0, help="the attacker's class")
     measure.add_argument("--json", action="store_true")
     measure.set_defaults(run=_evaluate)
+
+    measured = commands.add_parser("bench", help="time the ops here, each result checked first")
+    bench.add_arguments(measured)
+    measured.set_defaults(run=bench.run)
 
     info = commands.add_parser("info", help="backends, how they were built, what is missing")
     info.add_argument("--json", action="store_true")

@@ -1,0 +1,275 @@
+"""The suite ``head``: head_deviation_loss forward and backward, and head_step_."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import cases, check, machine, memory, peers, records, timing
+
+NAME = "head"
+SCHEMA = 1
+MOST_INPUTS = 256
+# Of a huge case on a CPU nothing is timed that takes longer than so many of eager's calls.
+PATIENCE = 2.0
+METHOD = {
+    "error": "largest deviation from float64 as a share of the largest true value; in huge cases "
+    f"of d_features and d_weight {cases.CHECKED_ROWS} rows each are compared",
+    "right": "at most twice eager's own error and one rounding; ours is not timed otherwise",
+    "speedup": "eager's median / the variant's; range: p20 and p80 of that ratio round by round",
+    "floor": "flops at torch.mm's best rate here, or bytes at copy_'s best rate, the larger",
+    "hot": "the same with one set of inputs, where that fits into the last-level cache",
+    "inputs": "sets in turn, together at least 3 times the last-level cache where "
+    f"{MOST_INPUTS} sets are enough",
+    "time_cpu": "wall clock of single calls, in blocks of one variant, in turn",
+    "time_cuda": "CUDA events around a block of calls, or around a graph of them; host_p50_us is "
+    "the wall clock that launching took per call",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, on what, for how long.
+
+    Attributes:
+        variants: names, eager being added; None takes all.
+        seconds: for the rounds of one case.
+    """
+
+    device: torch.device
+    cases: list[cases.Case]
+    threads: list[int]
+    variants: list[str] | None = None
+    seconds: float = 2.0
+    quick: bool = False
+
+
+def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure everything; returns the record."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record: dict[str, Any] = {
+        "suite": NAME,
+        "schema": SCHEMA,
+        "time": now.isoformat(timespec="seconds"),
+        "date": now.date().isoformat(),
+        **records.sources(),
+        "device": machine.describe(settings.device),
+        "versions": machine.versions(),
+        "backends": machine.build(),
+        "settings": {
+            "variants": settings.variants,
+            "seconds": settings.seconds,
+            "quick": settings.quick,
+        },
+        "method": {**METHOD, "memory": memory.METHOD[settings.device.type]},
+        "load_average": {"before": machine.load_average()},
+        "machine": [],
+        "cases": [],
+    }
+    threads_before = torch.get_num_threads()
+    try:
+        with memory.Child() as child:
+            for threads in settings.threads:
+                torch.set_num_threads(threads)
+                rates = machine.measure(settings.device, settings.quick)
+                record["machine"].append({"threads": threads, **rates})
+                for case in settings.cases:
+                    say(f"{case.op} {case.shape} {case.dtype}, threads: {threads}")
+                    row = measure(case, settings, child)
+                    record["cases"].append(
+                        {"threads": threads, "floor": cases.floor(case, rates), **row}
+                    )
+    finally:
+        torch.set_num_threads(threads_before)
+    record["load_average"]["after"] = machine.load_average()
+    return records.finish(record)
+
+
+def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[str, Any]:
+    """Check every variant, then time those that may be timed, then their memory."""
+    load = machine.load_average()
+    found = peers.variants(case, settings.device, settings.variants)
+    right, refused = checked(case, found, settings.device)
+    if case.huge and settings.device.type == "cpu" and settings.variants is None:
+        right, slow = without_the_slow(right)
+        refused += slow
+    sets = make_sets(case, settings.device)
+    cold = _time(case, right, sets, settings)
+    # What fits into the cache is also timed there.
+    fits = case.bytes <= machine.cache_bytes(settings.device)
+    hot = _time(case, right, sets[:1], settings) if fits else None
+    count = len(sets)
+    # The child needs the room.
+    del sets
+    gc.collect()
+    rows = []
+    for variant, facts in right:
+        row = {"variant": variant.name, "ours": variant.ours, **facts.record()}
+        row |= timing.summarise(cold[variant.name], cold["eager"])
+        row["hot"] = hot and timing.summarise(hot[variant.name], hot["eager"])
+        rows.append(row | _memory(case, variant, settings.device, child))
+    return {
+        **cases.describe(case),
+        "huge": case.huge,
+        "input_sets": count,
+        "input_bytes": count * case.bytes,
+        "yardstick_bytes": case.yardstick_bytes,
+        "variants": rows,
+        "refused": [{"variant": v.name, "ours": v.ours, **facts.record()} for v, facts in refused],
+        "left_out": {v.name: v.obstacle for v in found if v.obstacle is not None},
+        "load_average": {"before": load, "after": machine.load_average()},
+    }
+
+
+def _time(
+    case: cases.Case, right: Checked, sets: list[Any], settings: Settings
+) -> dict[str, list[timing.Block]]:
+    timers: dict[str, timing.Timer] = {}
+    for variant, facts in right:
+        calls = [variant.make(inputs) for inputs in sets]
+        if variant.graph:
+            timers[variant.name] = timing.GraphTimer(calls)
+        elif settings.device.type == "cuda":
+            timers[variant.name] = timing.EventTimer(calls)
+        else:
+            # A huge case is not run twice more to see how long it takes.
+            timers[variant.name] = timing.HostTimer(calls, facts.seconds if case.huge else None)
+    return timing.interleave(timers, settings.seconds) if timers else {}
+
+
+def make_sets(case: cases.Case, device: torch.device) -> list[Any]:
+    """Inputs enough that none is still in the cache when its turn comes again."""
+    count = -(-3 * machine.cache_bytes(device) // case.bytes)
+    return [
+        case.make_inputs(seed, device) for seed in range(1, 1 + max(2, min(count, MOST_INPUTS)))
+    ]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one checked call showed.
+
+    Attributes:
+        reason: what is wrong with the result, or None.
+        seconds: that it took, the first call's costs included.
+    """
+
+    errors: dict[str, float] | None
+    reason: str | None
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        return {"errors": self.errors, "reason": self.reason}
+
+
+Checked = list[tuple[peers.Variant, Facts]]
+
+
+def checked(
+    case: cases.Case, found: list[peers.Variant], device: torch.device
+) -> tuple[Checked, Checked]:
+    """Run each variant once: those that may be timed, and those refused.
+
+    Others' variants are timed even where they are worse than eager allows; ``reason`` then says so.
+    """
+    torch._dynamo.reset()
+    inputs: Any = case.make_inputs(0, device)
+    truth = case.truth(inputs)
+    right: Checked = []
+    refused: Checked = []
+    eager: dict[str, float] | None = None
+    for variant in found:
+        if variant.obstacle is not None:
+            continue
+        facts = _check_one(case, variant, inputs, truth, eager, device)
+        case.clear(inputs)
+        if variant.name == "eager" and facts.reason is None:
+            eager = facts.errors
+        shown = facts.errors is not None and eager is not None and not variant.ours
+        (right if facts.reason is None or shown else refused).append((variant, facts))
+    return right, refused
+
+
+def without_the_slow(right: Checked) -> tuple[Checked, Checked]:
+    """Parts from those to time the ones of others that would cost minutes and come in last."""
+    eager = next((facts.seconds for v, facts in right if v.name == "eager"), 0.0)
+    keep: Checked = []
+    slow: Checked = []
+    for variant, facts in right:
+        if variant.ours or facts.seconds <= PATIENCE * eager:
+            keep.append((variant, facts))
+            continue
+        reason = f"one call took {facts.seconds:.1f} s, eager's {eager:.1f} s; not timed again"
+        slow.append((variant, replace(facts, reason=reason)))
+    return keep, slow
+
+
+def _check_one(
+    case: cases.Case,
+    variant: peers.Variant,
+    inputs: Any,
+    truth: cases.Truth,
+    eager: dict[str, float] | None,
+    device: torch.device,
+) -> Facts:
+    start = time.perf_counter()
+    try:
+        got = run_once(case, variant, inputs, device)
+    # Whatever another's package raises is a finding, not the end of the run.
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        return Facts(None, f"{type(error).__name__}: {first}", time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    errors = check.errors(got, truth)
+    if variant.name == "eager":
+        reason = check.verdict(got, errors, errors)
+    elif eager is None:
+        reason = "eager failed, so that there is no measure for it"
+    else:
+        reason = check.verdict(got, errors, eager)
+    return Facts(errors, reason, seconds)
+
+
+def run_once(
+    case: cases.Case, variant: peers.Variant, inputs: Any, device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """The results of one call on a copy of the inputs."""
+    copy: Any = case.copy(inputs)
+    call = variant.make(copy)
+    if not variant.graph:
+        with warnings.catch_warnings():
+            # Inductor warns of a GPU's matrix modes, once per process.
+            warnings.simplefilter("ignore")
+            return case.results(copy, call())
+    returned: list[Any] = []
+    # Warm on other inputs: one call may step in place, and the copy must see exactly one.
+    variant.make(case.make_inputs(1, device))()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        returned.append(call())
+    results = case.results(copy, returned[0])
+    graph.replay()
+    torch.cuda.synchronize()
+    return {name: t if t is None else t.clone() for name, t in results.items()}
+
+
+def _memory(
+    case: cases.Case, variant: peers.Variant, device: torch.device, child: memory.Child
+) -> dict[str, Any]:
+    try:
+        if device.type == "cuda":
+            peak, kept = memory.cuda_peak(case, variant, case.make_inputs(0, device)), None
+        else:
+            peak, kept = child.peak(case, variant.name, torch.get_num_threads())
+    except (RuntimeError, OSError) as error:
+        return {"peak_extra_bytes": None, "extra_share": None, "memory_note": str(error)}
+    share = peak / case.yardstick_bytes
+    return {"peak_extra_bytes": peak, "kept_bytes": kept, "extra_share": share}

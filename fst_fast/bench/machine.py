@@ -1,0 +1,114 @@
+"""What the machine can do, and what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fst_fast import backends, checkpoint
+
+COPY_BYTES = 256 * 2**20
+REPEATS = 5
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy")
+FALLBACK_CACHE_BYTES = 32 * 2**20
+
+
+def measure(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """Copy bandwidth (read + written) and torch.mm's rates: the best of a few runs each."""
+    size = COPY_BYTES // 4
+    source, target = torch.randn(size, device=device), torch.empty(size, device=device)
+    seconds = _best(lambda: target.copy_(source), device)
+    out = {"copy_gb_per_s": 2 * COPY_BYTES / seconds / 1e9}
+    side = 8192 if device.type == "cuda" else (1024 if quick else 2048)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = _best(lambda a=a, b=b: torch.mm(a, b), device)  # type: ignore[misc]
+        out[f"{name}_gflop_per_s"] = 2 * side**3 / seconds / 1e9
+    return out
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    times: list[float] = []
+    for _ in range(REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+        # A machine without fast bfloat16 needs seconds for one.
+        if times[-1] > 2:
+            break
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.rstrip("K")) * 1024
+    except (OSError, ValueError):
+        return FALLBACK_CACHE_BYTES
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Name, size, driver."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": found.name,
+            "memory_bytes": found.total_memory,
+            "capability": f"{found.major}.{found.minor}",
+            "cuda": torch.version.cuda,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+    return {
+        "type": "cpu",
+        "name": _processor(),
+        "cores": os.cpu_count(),
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """As in a checkpoint's manifest, and those of the peers that are installed."""
+    out = checkpoint.versions()
+    for name in PEERS:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def build() -> dict[str, Any]:
+    """How each of our backends was built."""
+    return backends.report()
+
+
+def load_average() -> list[float] | None:
+    """Over 1, 5 and 15 minutes, where the system tells."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None

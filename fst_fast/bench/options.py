@@ -1,0 +1,134 @@
+"""The arguments of ``bench``, and what is done with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+
+from . import cases, head, peers, records, table
+
+SUITES = ("head",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of ``bench`` to ``parser``."""
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="B,D,K", type=_shape, help="instead of the suite's own"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_list_of(str, cases.DTYPES),
+        default=list(cases.DTYPES),
+        help="fp32, bf16 (bf16 features, float32 weight: what autocast gives), or both by comma",
+    )
+    parser.add_argument("--threads", type=_list_of(int), help="such as 1,2; default: torch's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--variants", type=_list_of(str), help="by comma; eager is always among them"
+    )
+    parser.add_argument("--seconds", type=float, help="time for each case, 3 rounds at least")
+    parser.add_argument("--quick", action="store_true", help="small shapes and less time for each")
+    parser.add_argument("--json", action="store_true", help="the record to standard output")
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=records.default_folder(),
+        metavar="FOLDER",
+        help="write FOLDER/DEVICE/DATE-COMMIT-SUITE.json (default: benchmarks/results)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the suite; 1 where a variant of ours was refused."""
+    settings = make_settings(options)
+    if options.record is not None:
+        options.record.mkdir(parents=True, exist_ok=True)
+    record = head.run(settings, say=_say)
+    if options.json:
+        print(json.dumps(record, allow_nan=False, indent=2))
+    else:
+        table.show(record)
+    if options.record is not None:
+        _say(f"wrote {records.write(record, options.record)}")
+    refused = [
+        f"{row['variant']} at {case['op']} {case['shape']} {case['dtype']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["refused"]
+        if row["ours"]
+    ]
+    for line in refused:
+        _say(f"refused: {line}")
+    return 1 if refused else 0
+
+
+def make_settings(options: argparse.Namespace) -> head.Settings:
+    """Check what argparse cannot.
+
+    Raises:
+        ValueError: an unknown variant, a wrong number.
+        RuntimeError: no such device here.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda needs a GPU, torch finds none; use --device cpu")
+    known = peers.known()
+    for name in options.variants or ():
+        if name not in known:
+            raise ValueError(f"--variants must be among {', '.join(known)}, got {name!r}")
+    threads = options.threads or [torch.get_num_threads()]
+    if min(threads) < 1:
+        raise ValueError(f"--threads must be at least 1, got {min(threads)}")
+    seconds = options.seconds
+    if seconds is None:
+        seconds = 0.5 if options.quick else 2.0
+    if not seconds > 0:
+        raise ValueError(f"--seconds must be more than 0, got {seconds}")
+    return head.Settings(
+        device=torch.device(device),
+        cases=cases.select(options.shapes, options.dtype, options.quick),
+        threads=threads,
+        variants=options.variants,
+        seconds=seconds,
+        quick=options.quick,
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        B, D, K = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a shape must be B,D,K like 128,512,10, got {text!r}"
+        ) from None
+    if min(B, D, K) < 1:
+        raise argparse.ArgumentTypeError(f"a shape must be at least 1,1,1, got {text!r}")
+    return B, D, K
+
+
+def _list_of(kind: type, choices: Collection[str] = ()) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be {kind.__name__} separated by commas, got {text!r}"
+            ) from None
+        for value in values:
+            if choices and value not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"must be among {', '.join(choices)}, got {value!r}"
+                )
+        return values
+
+    return parse

@@ -1,0 +1,61 @@
+"""Records: where they go, and which sources they are about."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fst_fast
+from fst_fast.files import dump_json, strict_json, sync_directory, write_temporary
+
+ROOT = Path(fst_fast.__file__).parents[1]
+# What a measurement depends on; a new record beside them leaves them as they are.
+SOURCES = ("csrc", "kernels", "fst_fast", "setup.py", "pyproject.toml")
+
+
+def default_folder() -> Path:
+    """benchmarks/results of the source tree, or of the current folder without one."""
+    top = ROOT if (ROOT / "benchmarks").is_dir() else Path.cwd()
+    return top / "benchmarks" / "results"
+
+
+def sources(root: Path = ROOT) -> dict[str, Any]:
+    """The commit, and whether the sources differ from it; both None outside a git checkout."""
+    # An installation inside some other project's checkout must not take that one's commit.
+    if _git(root, "ls-files", "--error-unmatch", "fst_fast/__init__.py") is None:
+        return {"commit": None, "dirty": None}
+    changed = _git(root, "status", "--porcelain", "--", *SOURCES)
+    return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def finish(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as strict JSON data: NaN and infinity become null."""
+    return strict_json(record, "record")
+
+
+def write(record: Mapping[str, Any], folder: Path) -> Path:
+    """Write FOLDER/<device>/<date>-<commit>-<suite>.json, all or nothing; return its path."""
+    commit = (record["commit"] or "unknown")[:7]
+    directory = folder / record["device"]["type"]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{record['date']}-{commit}-{record['suite']}.json"
+    temporary = write_temporary(directory, dump_json(record))
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(directory)
+    return path
