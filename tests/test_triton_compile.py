@@ -3,6 +3,7 @@
 The interpreter that the other tests use accepts much that the compiler refuses.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,90 +11,89 @@ import sys
 
 import pytest
 import torch
+from triton_compile_cases import NO_SPILLS, TYPES, head_deviation_cases, head_step_cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHITECTURES = (80, 90, 100)
-# Triton's names: element type, and the type it is computed in.
-TYPES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
-
-HEAD = ("weight_ptr", "d_weight_ptr", "weight_momentum_ptr")
-BIAS = ("bias_ptr", "d_bias_ptr", "bias_momentum_ptr")
-
-
-def pointers(names, kind):
-    return dict.fromkeys(names, f"*{kind}")
-
-
-def cases():
-    """(kernel, argument types, constants) for every kernel x dtype x flag that a wrapper uses."""
-    for element, compute in TYPES.items():
-        scalars = pointers(("lr_ptr", "norm_ptr"), compute) | {"found_inf_ptr": "*fp32"}
-        elements = pointers(HEAD + BIAS, element)
-        partials = {"partials_ptr": f"*{compute}"}
-        for flag in (True, False):
-            flags = {"PROJECT": flag, "HAS_FOUND_INF": flag}
-            yield (
-                "head_step_small_kernel",
-                elements | scalars | {"count": "i32", "bias_count": "i32"},
-                {"MOMENTUM": 0.9, "BLOCK": 1024, "BLOCK_BIAS": 16, **flags},
-            )
-            # A count of 2**31 or more arrives as i64.
-            yield (
-                "head_step_update_kernel",
-                elements | scalars | partials | {"count": "i64", "bias_count": "i32"},
-                {"MOMENTUM": 0.9, "BLOCK": 2048, "HAS_FOUND_INF": flag},
-            )
-            yield (
-                "head_step_write_kernel",
-                elements | scalars | partials | {"count": "i64" if flag else "i32"},
-                {"BLOCK": 2048, "MAX_PROGRAMS": 1024, **flags},
-            )
-
 
 COMPILE = """
-import json, sys
+import importlib, json, pathlib, subprocess, sys
 import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fst_fast.kernels import head_step
 
-cases, architectures = json.loads(sys.stdin.read())
-kernels = {n for n in vars(head_step) if n.endswith("_kernel")}
-for name, types, constants in cases:
-    kernel = getattr(head_step, name)
-    types = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    for architecture in architectures:
-        values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
-        source = ASTSource(kernel, types, values)
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
-        assert compiled.asm["cubin"][:4] == b"\\x7fELF", name
-        assert "fma" not in compiled.asm["ptx"], f"{name}: a multiply and an add were fused"
-        kernels.discard(name)
-        print(name, architecture)
-assert not kernels, f"not compiled: {kernels}"
+cases, modules, no_spills = json.loads(sys.stdin.read())
+kernels = {}
+for name in modules:
+    module = importlib.import_module("fst_fast.kernels." + name)
+    kernels |= {n: kernel for n, kernel in vars(module).items() if n.endswith("_kernel")}
+tool = pathlib.Path(nvidia.__file__).with_name("bin") / "cuobjdump"
+cubin = pathlib.Path("kernel.cubin")
+compiled_kernels = set()
+for name, types, constants, fused, architecture in cases:
+    kernel = kernels[name]
+    options = {"enable_fp_fusion": fused, "num_warps": constants.pop("num_warps", 4)}
+    signature = {
+        n: types.get("pointer" if n.endswith("_ptr") else "number") for n in kernel.arg_names
+    }
+    signature |= {n: t for n, t in types.items() if n in signature}
+    signature |= dict.fromkeys(constants, "constexpr")
+    values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    assert compiled.asm["cubin"][:4] == b"\\x7fELF", name
+    assert fused or "fma" not in compiled.asm["ptx"], f"{name}: a multiply and an add were fused"
+    compiled_kernels.add((name, architecture))
+    usage = ""
+    if name in no_spills:
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = usage.split("Function")[1].split("SHARED")[0]
+        assert " STACK:0 " in usage, f"{name}, sm_{architecture}: registers are spilled, {usage}"
+    print(name, architecture, usage.strip().replace(chr(10), " "))
+architectures = {case[-1] for case in cases}
+expected = {(name, architecture) for name in kernels for architecture in architectures}
+assert compiled_kernels == expected, f"not compiled: {expected - compiled_kernels}"
 """
 
 
-def test_every_kernel_compiles_for_every_generation(tmp_path):
+def compile_all(cases, modules, path):
+    """Runs without the interpreter, which a process chooses once and for all."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    listed = list(cases())
+    environment["TRITON_CACHE_DIR"] = str(path)
     result = subprocess.run(
         [sys.executable, "-c", COMPILE],
-        input=json.dumps([listed, ARCHITECTURES]),
+        input=json.dumps([cases, modules, NO_SPILLS]),
+        cwd=path,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(result.stdout.split("\n")) - 1 == len(listed) * len(ARCHITECTURES)
+    assert len(result.stdout.split("\n")) - 1 == len(cases)
+    return result.stdout
 
 
-def test_the_types_are_those_of_the_op():
-    from fst_fast.ops.head_step import DTYPES
+def spread(numbered, fused):
+    """Every kernel for every generation; every type and flag for one of them."""
+    return [(*case, fused, ARCHITECTURES[number % len(ARCHITECTURES)]) for number, case in numbered]
 
+
+def test_head_step_compiles_for_every_generation(tmp_path):
+    compile_all(spread(head_step_cases(), fused=False), ["head_step"], tmp_path)
+
+
+def test_head_deviation_loss_compiles_for_every_generation_without_spills(tmp_path):
+    modules = ["head_deviation_small", "head_deviation_rows", "head_deviation_gradients"]
+    print(compile_all(spread(head_deviation_cases(), fused=True), modules, tmp_path))
+
+
+def test_the_types_are_those_of_the_ops():
     names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-    assert {names.get(dtype, "fp16") for dtype in DTYPES} == set(TYPES)
+    for op in ("head_step", "_head_deviation_check"):
+        dtypes = importlib.import_module(f"fst_fast.ops.{op}").DTYPES
+        assert {names.get(dtype, "fp16") for dtype in dtypes} == set(TYPES), op
