@@ -28,6 +28,9 @@ SHAPES = [
     (130, 65, 17),
     (9, 64, 21841),
 ]
+# The least that reaches the kernels for few classes and for many.
+REGIMES = pytest.mark.parametrize("shape", [(6, 9, 4), (7, 9, 150)], ids=["small", "large"])
+TENSORS = ("features", "weight", "bias", "labels", "weight0")
 ALPHA = 0.3
 
 PLACES = [

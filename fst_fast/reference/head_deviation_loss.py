@@ -87,11 +87,13 @@ def head_deviation_loss(
         strength = torch.full_like(penalty, alpha)
         strength = strength if alpha_scale is None else strength * alpha_scale
         # In float32 a long sum would lose digits that a truth should have.
-        overlap = (matrix.double() * weight0.double()).sum().to(compute)
-        penalty = strength * overlap
+        classes = max(1, LOGITS_AT_A_TIME // matrix.shape[1])
+        parts = zip(matrix.split(classes), weight0.split(classes), strict=True)
+        overlap = torch.stack([(w.double() * w0.double()).sum() for w, w0 in parts]).sum()
+        penalty = strength * overlap.to(compute)
         if output_mask[1]:
             share = strength if row_grad is None else strength * row_grad.sum()
-            d_matrix += share * weight0.to(compute)
+            d_matrix.addcmul_(weight0.to(compute), share)
     cross_entropy = losses if reduction == "none" else losses.sum() / norm
     return (
         cross_entropy + penalty,
