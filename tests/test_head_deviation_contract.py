@@ -50,7 +50,8 @@ def test_gradcheck(place, reduction, shape):
         return batch.ours(backend).loss
 
     leaves = tuple(batch.leaves.values())
-    assert torch.autograd.gradcheck(loss, leaves, fast_mode=shape[2] > 10)
+    quick = shape[2] > 10 or backend == "triton"  # each call takes the interpreter long
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=quick)
 
 
 @each_place

@@ -235,6 +235,22 @@ def test_nan_in_one_row(place, shape):
 
 
 @each_place
+@each_reduction
+@pytest.mark.parametrize("shape", [(12, 40, 5), (21, 40, 150)], ids=["small", "large"])
+def test_an_ignored_row_may_hold_nan(place, reduction, shape):
+    batch = Batch(shape, device=place[1], reduction=reduction)
+    batch.labels[2] = -100
+    expected = batch.ours(place[0])
+    wanted = batch.grads(expected.loss)
+    with torch.no_grad():
+        batch.features[2] = torch.nan
+    got = batch.ours(place[0])
+    assert_same_bits(got.loss, expected.loss, name="loss")
+    for leaf, gradient in batch.grads(got.loss).items():
+        assert_same_bits(gradient, wanted[leaf], name=leaf)
+
+
+@each_place
 @each_dtype
 def test_strides(place, dtype):
     plain = Batch((12, 40, 5), dtype, place[1])
