@@ -64,10 +64,13 @@ def _is_untouched(logits: Tensor, nothing: Tensor) -> bool:
 def tap_features(model: nn.Module, head: nn.Module, images: Tensor) -> FeatureTap | None:
     """A tap on the model's features, or None where the head does not have the last word.
 
-    Two of the images are run in eval mode and without gradients; the model is left as it was.
+    Nor where a hook waits for the logits. Two of the images are run in eval mode and without
+    gradients; the model is left as it was.
     """
     compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
     if unwrap(model) is not model or any(isinstance(m, compiled) for m in model.modules()):
+        return None
+    if any(m._forward_hooks and any(part is head for part in m.modules()) for m in model.modules()):
         return None
     tap = FeatureTap(model, head)
     own = next(model.parameters())

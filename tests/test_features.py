@@ -66,10 +66,13 @@ def test_models_that_do_more_are_left_alone(name):
     assert "forward" not in vars(model.head)
 
 
-def test_a_hook_that_changes_the_logits_is_noticed():
+@pytest.mark.parametrize("where", ["head", "model", "backbone"])
+def test_a_hook_that_sees_the_logits_gets_logits(where):
     model = make_model()
-    model[-1].register_forward_hook(lambda module, args, output: output * 2)
-    assert tap_features(model, model[-1], IMAGES) is None
+    seen = {"head": model[-1], "model": model, "backbone": model[0]}[where]
+    seen.register_forward_hook(lambda module, args, output: None)
+    tap = tap_features(model, model[-1], IMAGES)
+    assert (tap is None) == (where != "backbone")
 
 
 def test_a_head_with_a_forward_of_its_own_keeps_it():

@@ -24,11 +24,12 @@ struct Pack<float> {
   }
 };
 
-// What becomes of a block of sums: c = sums + factor * addend.
+// What becomes of a block of sums: c = [c +] sums + factor * addend.
 template <typename compute_t>
 struct Target {
   compute_t* c;
   int64_t c_stride;
+  bool accumulate;
   const compute_t* addend;
   int64_t addend_stride;
   compute_t factor;
@@ -68,6 +69,7 @@ void multiply_block(int64_t words, const typename Dot::word_t* a, const typename
       auto* c = target.c + i * target.c_stride + v * V::kWidth;
       auto sum = sums[i][v];
       const bool whole = n >= V::kWidth;
+      if (target.accumulate) sum = V::add(whole ? V::load(c) : V::load(c, n), sum);
       if (target.addend != nullptr) {
         const auto* addend = target.addend + i * target.addend_stride + v * V::kWidth;
         sum = V::fma(V::set(target.factor), whole ? V::load(addend) : V::load(addend, n), sum);
@@ -113,17 +115,17 @@ void multiply_panels(const Gemm<typename Dot::word_t>& g, int64_t column, int64_
   using V = typename Dot::V;
   constexpr int panel = 2 * V::kWidth;
   const int64_t words = (depth + Dot::kDepth - 1) / Dot::kDepth;
-  const bool first = begin == 0;
+  const bool accumulate = g.accumulate || begin > 0;
+  // Last of all: what is added after a large addend is rounded to its size, block after block.
+  const bool last = begin + depth == g.depth && g.addend != nullptr;
   for (int64_t row = 0; row < g.M; row += V::kRows) {
     Pack<typename Dot::word_t>::template run<Dot>(g.a, row, g.M - row, begin, depth, V::kRows, a);
     for (int64_t n = 0; n < columns; n += panel) {
       auto* c = g.c + row * g.c_stride + column + n;
-      const auto* addend = c;
-      if (first) addend = g.addend + row * g.addend_stride + column + n;
-      if (first && g.addend == nullptr) addend = nullptr;
-      multiply<Dot>(words, a, b + n * words,
-                    {c, g.c_stride, addend, first ? g.addend_stride : g.c_stride,
-                     first ? g.factor : typename Dot::word_t(1), g.M - row, columns - n});
+      const auto* addend = last ? g.addend + row * g.addend_stride + column + n : nullptr;
+      multiply<Dot>(
+          words, a, b + n * words,
+          {c, g.c_stride, accumulate, addend, g.addend_stride, g.factor, g.M - row, columns - n});
     }
   }
 }

@@ -102,7 +102,7 @@ class HeadLoss {
       TORCH_CHECK_VALUE(label >= 0 && label < p.K,
                         "head_deviation_loss: labels must be class indices below K, or "
                         "ignore_index, got ",
-                        label, " in row ", row, "; the loss of that batch was made NaN");
+                        label, " in row ", row, "; mend the labels, or set ignore_index");
       norm_ += p.class_weight == nullptr ? 1.0 : static_cast<double>(p.class_weight[label]);
     }
     p.skip = any ? skip : nullptr;

@@ -25,7 +25,8 @@ struct Operand {
   const bool* skip = nullptr;  // [depth]: rows that count as zeros, whatever they hold
 };
 
-// c[M, N] = sum over depth of a[M, depth] * b[depth, N], plus factor * addend[M, N].
+// c[M, N] = sum over depth of a[M, depth] * b[depth, N], plus factor * addend[M, N]; on top of what
+// is in c if `accumulate`.
 // Each element is one chain of multiply-adds in the order of depth, whatever part of c is asked
 // for, so that any division of the work gives the same bits.
 template <typename compute_t>
@@ -33,10 +34,11 @@ struct Gemm {
   Operand a, b;
   compute_t* c;
   int64_t c_stride;
-  const compute_t* addend;  // may be c itself, or null
+  const compute_t* addend;  // may be null
   int64_t addend_stride;
   compute_t factor;
   int64_t M, N, depth;
+  bool accumulate = false;
 };
 
 // Logits to losses and to their gradient, in place.

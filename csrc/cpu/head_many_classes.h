@@ -93,19 +93,20 @@ class ManyClasses {
 
   void d_weight(int64_t row, int64_t rows) {
     auto* sums = d_w_copy_ != nullptr ? d_w_copy_ : static_cast<compute_t*>(p.d_weight);
-    const auto* start = d_w_copy_ != nullptr ? nullptr : static_cast<const compute_t*>(p.weight0);
+    const bool last = row + rows == p.B && d_w_copy_ == nullptr;
     auto x = features(row, false);
     x.skip = p.skip == nullptr ? nullptr : p.skip + row;
     multiply({{logits_, kCompute, p.K, false},
               x,
               sums,
               p.D,
-              row == 0 ? start : sums,
+              last ? static_cast<const compute_t*>(p.weight0) : nullptr,
               p.D,
-              row == 0 ? p.share : compute_t(1),
+              p.share,
               p.K,
               p.D,
-              rows});
+              rows,
+              row > 0});
   }
 
   void d_bias(int64_t rows) {

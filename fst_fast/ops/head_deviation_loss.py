@@ -30,12 +30,15 @@ class HeadDeviation(NamedTuple):
     invalid: Tensor
 
     def check(self, labels: Tensor) -> None:
-        """Wait for the device; raise ValueError naming a label that was out of range."""
+        """Wait for the device; raise ValueError naming a label that was out of range.
+
+        Its batch has a loss of NaN.
+        """
         row = int(self.invalid)
         if row >= 0:
             raise ValueError(
                 f"{NAME}: labels must be class indices below K, or ignore_index, got "
-                f"{int(labels[row])} in row {row}; the loss of that batch was made NaN"
+                f"{int(labels[row])} in row {row}; mend the labels, or set ignore_index"
             )
 
 
