@@ -22,6 +22,7 @@ from .features import FeatureTap
 from .heads import find_head, head_matrix, head_shape, logits_of
 from .methods import HeadState
 from .ops import HeadDeviation, head_deviation_loss
+from .ops._head_deviation_check import check_settings
 
 NAME = "HeadDeviationLoss"
 
@@ -75,10 +76,7 @@ class HeadDeviationLoss(nn.Module):
     ) -> None:
         super().__init__()
         weight = checked_weight(NAME, head)
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"{NAME}: reduction must be mean, sum or none, got {reduction!r}")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"{NAME}: label_smoothing must be in [0, 1], got {label_smoothing}")
+        check_settings(NAME, reduction, label_smoothing)
         # In a tuple, or nn.Module would register it as a part of this module.
         self._head = (head,)
         compute = compute_dtype(weight)

@@ -70,14 +70,15 @@ def check(
         raise ValueError(
             f"{NAME}: weight0 must be the weight before tuning, got None; pass it, or alpha=0"
         )
-    check_settings(reduction, label_smoothing)
+    check_settings(NAME, reduction, label_smoothing)
 
 
-def check_settings(reduction: str, label_smoothing: float) -> None:
+def check_settings(name: str, reduction: str, label_smoothing: float) -> None:
+    """What can be refused before there is a batch; ``name`` is who asks."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{NAME}: reduction must be mean, sum or none, got {reduction!r}")
+        raise ValueError(f"{name}: reduction must be mean, sum or none, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{NAME}: label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def _check_like(
