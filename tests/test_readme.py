@@ -1,5 +1,6 @@
 """The README's snippets run, its tables are those of the records, its commands exist."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,6 +20,10 @@ def blocks(language):
     return [text for name, text in found if name == language]
 
 
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("lightning", "transformers")),
+    reason="the snippets show Lightning and transformers",
+)
 def test_python_snippets_run_in_order(tmp_path):
     script = tmp_path / "snippets.py"
     script.write_text("\n".join(blocks("python")))
