@@ -6,28 +6,19 @@
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "schemas.h"
 
 TORCH_LIBRARY(fst_fast_native, m) {
-  m.def(
-      "head_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor d_weight, Tensor? d_bias, "
-      "Tensor(c!) weight_momentum, Tensor(d!)? bias_momentum, Tensor lr, float momentum, "
-      "Tensor? norm, Tensor(e!)? weight_scale, Tensor? found_inf) -> ()");
-  m.def(
-      "head_deviation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor labels, "
-      "Tensor? weight0, Tensor? class_weight, Tensor? row_grad, Tensor? weight_scale, "
-      "Tensor? alpha_scale, float alpha, str reduction, float label_smoothing, int ignore_index, "
-      "bool[3] output_mask) -> (Tensor loss, Tensor cross_entropy, Tensor penalty, "
-      "Tensor correct, Tensor invalid, Tensor d_features, Tensor d_weight, Tensor d_bias)");
-  // The same with its derivative, for eager mode: a Python autograd function costs a small head
-  // more than the loss does. Under torch.compile the op registered in Python is traced instead.
+  fst_fast::define_kernels(m);
+  // head_deviation_loss with its derivative, for eager mode: a Python autograd function costs a
+  // small head more than the loss does. Under torch.compile the op registered in Python is traced
+  // instead.
   m.def(
       "head_deviation_autograd(Tensor features, Tensor weight, Tensor? bias, Tensor labels, "
       "Tensor? weight0, Tensor? class_weight, Tensor? weight_scale, Tensor? alpha_scale, "
       "float alpha, str reduction, float label_smoothing, int ignore_index) -> (Tensor loss, "
       "Tensor cross_entropy, "
       "Tensor penalty, Tensor correct, Tensor invalid)");
-  // Multiplies in place; where the factor is 1 nothing is read or written.
-  m.def("rescale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }
 
 namespace {

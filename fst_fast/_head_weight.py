@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ._head_graph import is_pointwise
+from .ops._dtypes import compute_dtype
 
 
 def checked_weight(name: str, head: object) -> Tensor:
@@ -60,10 +61,6 @@ def frobenius_norm(weight: Tensor) -> Tensor:
     # Rows first, in float32: a third of the time, and short sums lose next to nothing.
     rows = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=compute_dtype(weight))
     return torch.linalg.vector_norm(rows, dtype=exact)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def looks_fresh(weight: Tensor) -> bool:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ._head_weight import (
     checked_weight,
-    compute_dtype,
     frobenius_norm,
     is_sharded,
     looks_fresh,
@@ -22,6 +21,7 @@ from .features import FeatureTap
 from .heads import find_head, head_matrix, head_shape, logits_of
 from .methods import HeadState
 from .ops import HeadDeviation, head_deviation_loss
+from .ops._dtypes import compute_dtype
 from .ops._head_deviation_check import check_settings
 
 NAME = "HeadDeviationLoss"
@@ -200,13 +200,7 @@ class HeadDeviationLoss(nn.Module):
         Raises:
             ValueError: the model's output is not the head's.
         """
-        try:
-            features = FeatureTap(model, self.head)(*args, **kwargs)
-        except RuntimeError as error:
-            if "memory location" not in str(error):
-                raise
-            # Written to, in place: the placeholder does not let that pass.
-            features = None
+        features = FeatureTap(model, self.head)(*args, **kwargs)
         if features is None:
             raise ValueError(
                 f"{NAME}: features_of needs a model that returns its head's output unchanged, got "

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._head_weight import checked_weight, compute_dtype, frobenius_norm, looks_fresh, warn_fresh
+from ._head_weight import checked_weight, frobenius_norm, looks_fresh, warn_fresh
 from .drop_in import HeadDeviationLoss
+from .ops._dtypes import compute_dtype
 
 KEY = "fst_fast_norm0"
 

@@ -5,14 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fst_fast.ops._dtypes import DTYPES, compute_dtype
+
 REDUCTIONS = ("mean", "sum", "none")
 NAME = "head_deviation_loss"
-
-
-def compute_dtype(features: Tensor) -> torch.dtype:
-    """What sums are added up in."""
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def check(

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fst_fast import backends
-from fst_fast.ops._head_deviation_check import NAME, check, compute_dtype
+from fst_fast.ops._dtypes import compute_dtype
+from fst_fast.ops._head_deviation_check import NAME, check
 
 
 class HeadDeviation(NamedTuple):

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fst_fast import backends
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fst_fast.ops._dtypes import DTYPES, compute_dtype
 
 
 def head_step_(
@@ -230,7 +229,7 @@ def _check_scalar(name: str, tensor: Tensor, weight: Tensor) -> None:
 
 def _scalar(name: str, value: float | Tensor, weight: Tensor) -> Tensor:
     """The value as a 0-d tensor in the compute dtype, without waiting for the device."""
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight)
     if isinstance(value, Tensor):
         _check_scalar(name, value, weight)
         return value.detach().to(compute)

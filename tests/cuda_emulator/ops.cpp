@@ -16,6 +16,7 @@
 #include "../../csrc/cuda/head_deviation_many.cu"
 #include "../../csrc/cuda/head_step.cu"
 #include "../../csrc/cuda/rescale.cu"
+#include "../../csrc/schemas.h"
 #include "broken.h"
 
 namespace {
@@ -82,17 +83,7 @@ void set_limits(bool descending, int64_t resident, int64_t few_products, int64_t
 }  // namespace
 
 TORCH_LIBRARY(fst_fast_emulated, m) {
-  m.def(
-      "head_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor d_weight, Tensor? d_bias, "
-      "Tensor(c!) weight_momentum, Tensor(d!)? bias_momentum, Tensor lr, float momentum, "
-      "Tensor? norm, Tensor(e!)? weight_scale, Tensor? found_inf) -> ()");
-  m.def(
-      "head_deviation_loss(Tensor features, Tensor weight, Tensor? bias, Tensor labels, "
-      "Tensor? weight0, Tensor? class_weight, Tensor? row_grad, Tensor? weight_scale, "
-      "Tensor? alpha_scale, float alpha, str reduction, float label_smoothing, int ignore_index, "
-      "bool[3] output_mask) -> (Tensor loss, Tensor cross_entropy, Tensor penalty, "
-      "Tensor correct, Tensor invalid, Tensor d_features, Tensor d_weight, Tensor d_bias)");
-  m.def("rescale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
+  fst_fast::define_kernels(m);
   m.def("broken(Tensor(a!) values, int kind) -> ()", &emulator::broken);
   m.def("use_guards(bool on) -> ()", &use_guards);
   m.def(
