@@ -16,6 +16,10 @@ inline void define_kernels(torch::Library& m) {
       "Tensor? alpha_scale, float alpha, str reduction, float label_smoothing, int ignore_index, "
       "bool[3] output_mask) -> (Tensor loss, Tensor cross_entropy, Tensor penalty, "
       "Tensor correct, Tensor invalid, Tensor d_features, Tensor d_weight, Tensor d_bias)");
+  m.def(
+      "inject(Tensor images, Tensor params, Tensor lut, Tensor table, Tensor noise, "
+      "Tensor patterns, Tensor maps, Tensor sources, Tensor coords, Tensor lookup, int height, "
+      "int width, bool channels_last) -> (Tensor, Tensor)");
   // Multiplies in place; where the factor is 1 nothing is read or written.
   m.def("rescale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }

@@ -62,6 +62,18 @@ def normalize_bytes(images: Tensor, normalize: Normalization | None) -> Tensor:
     return out
 
 
+def normalize_table(
+    channels: int, normalize: Normalization | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What :func:`normalize_bytes` makes of each byte, for :func:`fst_fast.ops.inject`.
+
+    Returns:
+        [channels, 256] in ``dtype``, on the CPU; computed in float32 and rounded once.
+    """
+    levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 1, 1, channels)
+    return normalize_bytes(levels, normalize).flatten(1).t().to(dtype).contiguous()
+
+
 def _pixels(images: Tensor, normalize: Normalization | None) -> Tensor:
     """[N, C, H, W] network inputs in units of 0..1."""
     if normalize is None:
