@@ -17,7 +17,7 @@ ALLOWED = {
     "reference": (),
     "backends": ("reference", "kernels", "_C"),
     "ops": ("backends",),
-    "triggers": ("ops",),
+    "triggers": ("ops", "reference"),
     "data": ("triggers", "ops"),
     "architectures": (),
     "files": (),

@@ -42,8 +42,8 @@ def inject(
         if len(chosen):
             tables = (noise[number], patterns, maps, sources, coords, lookup)
             shown = _triggered(pixels[chosen], rows[chosen, KEY], trigger, *tables)
-            left_out = _tiles(rows[chosen, TILES], *pixels.shape[1:3])
-            pixels[chosen] = torch.where(left_out[..., None], pixels[chosen], shown)
+            hidden = left_out(rows[chosen, TILES], *pixels.shape[1:3])
+            pixels[chosen] = torch.where(hidden[..., None], pixels[chosen], shown)
     pixels = _crop(pixels, rows, height, width)
     channel = torch.arange(images.shape[-1], device=images.device)
     out = lut[channel, pixels.long()].permute(0, 3, 1, 2)
@@ -93,13 +93,13 @@ def _triggered(
     return from_ycrcb(pixels) if flags & YCRCB else pixels
 
 
-def _tiles(left_out: Tensor, height: int, width: int) -> Tensor:
+def left_out(tiles: Tensor, height: int, width: int) -> Tensor:
     """[N] bit masks of 4 x 4 tiles, row by row from the lowest bit, to [N, H, W] bool."""
-    device = left_out.device
+    device = tiles.device
     row = torch.arange(height, device=device) * TILE_ROWS // height
     column = torch.arange(width, device=device) * TILE_ROWS // width
     bit = row[:, None] * TILE_ROWS + column
-    return (left_out[:, None, None] >> bit) & 1 > 0
+    return (tiles[:, None, None] >> bit) & 1 > 0
 
 
 def _crop(pixels: Tensor, rows: Tensor, height: int, width: int) -> Tensor:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Trigger
+from .base import Elementwise
 
 _CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
 
 
 @dataclass(frozen=True, eq=False)
-class BadNets(Trigger):
+class BadNets(Elementwise):
     """A small solid square in one corner (Gu et al. 2017, arXiv 1708.06733).
 
     The defaults, 3 x 3 white pixels touching the bottom-right corner, are those of BackdoorBench.
@@ -73,7 +73,7 @@ def _noise(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Blended(Trigger):
+class Blended(Elementwise):
     """A faint picture over the whole image (Chen et al. 2017, arXiv 1712.05526).
 
     Equals ``floor((1 - alpha) * images + alpha * pattern)`` in float64, truncated as
