@@ -16,10 +16,11 @@ from torch import nn
 
 from . import backends, checkpoint, methods, triggers
 from .bench import options as bench
-from .data import DeviceLoader, Normalization
+from .data import DeviceLoader
 from .evaluate import evaluate
 from .lab import datasets
 from .lab.demo import run_demo
+from .pixels import Normalization
 from .purify import purify
 
 NORMALIZATIONS: dict[str, Normalization | None] = {

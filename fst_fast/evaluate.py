@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .data import DeviceLoader, Normalization, normalize_bytes, pixel_range, recover_bytes
+from .data import DeviceLoader
 from .heads import logits_of
 from .inputs import (
     Batches,
@@ -18,6 +18,7 @@ from .inputs import (
     resolve_device,
     resolve_precision,
 )
+from .pixels import Normalization, normalize_bytes, pixel_range, recover_bytes
 from .state import evaluating
 from .triggers import Trigger
 

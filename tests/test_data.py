@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from fst_fast import Augment, DeviceLoader
-from fst_fast.data import normalize_bytes, pixel_range, recover_bytes
+from fst_fast.pixels import normalize_bytes, pixel_range, recover_bytes
 
 CIFAR = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 NORMALIZATIONS = {

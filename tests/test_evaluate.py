@@ -253,8 +253,10 @@ def test_what_a_model_caches_while_evaluated_serves_in_training():
 def test_labels_out_of_range_are_refused(label, got):
     labels = LABELS.clone()
     labels[40] = label  # not in the first batch
+    images = torch.cat([images for images, _ in DeviceLoader(IMAGES, LABELS, shuffle=False)])
+    batches = list(zip(images.split(10), labels.split(10), strict=True))
     with pytest.raises(ValueError, match=f"loader must hold classes in 0..9.* got {got};"):
-        evaluate(Coded(), DeviceLoader(IMAGES, labels, 10, shuffle=False))
+        evaluate(Coded(), batches)
 
 
 @pytest.mark.parametrize("target", [-1, K])
@@ -303,10 +305,10 @@ class Waits(TorchDispatchMode):
 
 def count_waits(batch_size, monkeypatch):
     lists, tolist = [], torch.Tensor.tolist
-    loader = loader_of(batch_size)
+    loader = list(loader_of(batch_size))
     with Waits() as waits, monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "tolist", lambda t: lists.append(1) or tolist(t))
-        evaluate(Coded(NORMALIZE), loader, BadNets(), TARGET)
+        evaluate(Coded(NORMALIZE), loader, BadNets(), TARGET, normalize=NORMALIZE)
     return waits.count + len(lists)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, resize
 
-from ..data import Normalization
+from ..pixels import Normalization
 
 # What np.load raises on files that are damaged, empty, of another kind, or not there.
 _UNREADABLE = (

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..data import Augment, DeviceLoader, Normalization
+from ..data import Augment, DeviceLoader
 from ..evaluate import Metrics, evaluate
 from ..methods import Method
 from ..methods.fst import FST
 from ..methods.ft import FT
+from ..pixels import Normalization
 from ..purify import purify
 from ..triggers import BadNets, Trigger
 from .datasets import ImageSet, digits

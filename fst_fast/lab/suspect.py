@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data import Augment, DeviceLoader, Normalization
+from ..data import Augment, DeviceLoader
+from ..pixels import Normalization
 from ..triggers import Trigger
 from .datasets import ImageSet
 from .poison import poison

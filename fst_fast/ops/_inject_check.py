@@ -41,7 +41,7 @@ def check(
     if lut.dtype not in OUT_DTYPES or lut.shape != (images.shape[-1], 256):
         raise ValueError(
             f"inject: lut must be float32, bfloat16 or float16 [{images.shape[-1]}, 256], got "
-            f"{lut.dtype} {list(lut.shape)}; use fst_fast.data.normalize_table"
+            f"{lut.dtype} {list(lut.shape)}; use fst_fast.pixels.normalize_table"
         )
     _check_tables(images, tables)
     named = {"images": images, "params": params, "lut": lut} | _named(tables)

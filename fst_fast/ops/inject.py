@@ -82,7 +82,7 @@ def inject(
             ``4 * (4 * h // H) + 4 * w // W`` set where the trigger is left out; ``key`` is the
             row of ``triggers.lookup``, or chooses the noise.
         lut: [C, 256] float32, bfloat16 or float16: the input value of each byte; its dtype is the
-            output's. See :func:`fst_fast.data.normalize_table`.
+            output's. See :func:`fst_fast.pixels.normalize_table`.
         triggers: None for none.
         size: (height, width) of the output; None for the images' own.
         channels_last: memory layout of the output; False for contiguous.

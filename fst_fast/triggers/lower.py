@@ -52,9 +52,7 @@ def lower(
 
 def looked_up(trigger: Trigger, shape: tuple[int, int, int]) -> bool:
     """Whether the images must be triggered beforehand, one by one: no table holds the change."""
-    if isinstance(trigger, Elementwise | Chroma):
-        return _byte_maps(trigger, shape) is None
-    return not isinstance(trigger, Gather | Warp)
+    return not isinstance(trigger, Gather | Warp) and _byte_maps(trigger, shape) is None
 
 
 class _Tables:
@@ -80,11 +78,9 @@ class _Tables:
             if field.noise is not None:
                 row[truth.FLAGS] |= truth.NOISE
                 noise = field.noise
-        elif looked_up(trigger, shape):
+        elif (found := _byte_maps(trigger, shape)) is None:
             row[truth.FLAGS] = truth.LOOKUP
         else:
-            found = _byte_maps(trigger, shape)
-            assert found is not None
             row[truth.FLAGS] = truth.MAPPED | (truth.YCRCB if isinstance(trigger, Chroma) else 0)
             row[truth.PATTERN] = len(self.patterns)
             row[truth.MAP] = sum(len(maps) for maps in self.maps)
@@ -95,11 +91,13 @@ class _Tables:
 
 
 def _byte_maps(trigger: Trigger, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
-    """(pattern [H, W, C] int16, maps [L, 256] uint8) of an elementwise trigger.
+    """(pattern [H, W, C] int16, maps [L, 256] uint8) of an elementwise trigger, else None.
 
     Found by showing it one image of each byte, so that the tables cannot differ from ``apply``.
-    None if places differ in more ways than a pattern can count.
+    None too if places differ in more ways than a pattern can count.
     """
+    if not isinstance(trigger, Elementwise | Chroma):
+        return None
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
     images = levels.expand(256, *shape).contiguous()
     change = trigger._change if isinstance(trigger, Chroma) else trigger._apply
