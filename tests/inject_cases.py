@@ -5,7 +5,7 @@ import torch
 from fst_fast.ops import TriggerTables
 from fst_fast.pixels import normalize_table
 
-CIFAR = ((0.4914, 0.4822, 0.4465, 0.5)[:3], (0.2470, 0.2435, 0.2616))
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 # Every combination of stages that can occur, and one of all of them.
 STAGES = {
     "map": 64,
