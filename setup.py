@@ -25,6 +25,7 @@ CPU_SOURCES = [
     "csrc/cpu/head_kernels_v3.cpp",
     "csrc/cpu/head_kernels_v4.cpp",
     "csrc/cpu/head_step.cpp",
+    "csrc/cpu/inject.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/head_deviation_loss.cu",

@@ -1,0 +1,213 @@
+#include "../inject.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "inject_normalize.h"
+#include "inject_trigger.h"
+#include "isa.h"
+
+namespace fst_fast {
+namespace {
+
+using namespace inject;
+
+// Bytes below which waking a second thread costs more than it saves.
+constexpr int64_t kGrainBytes = 1 << 20;
+
+struct Call {
+  Image image, shown;
+  const uint8_t* images;
+  int64_t image_count;
+  const int32_t* params;
+  Tables tables;
+  bool channels_last;
+};
+
+void check_within(const char* name, int64_t value, int64_t least, int64_t end, const char* of,
+                  int64_t row) {
+  TORCH_CHECK_VALUE(value >= least && value < end, "inject: params must have a ", name, " in ",
+                    least, "..", end - 1, ", a row of ", of, ", got ", value, " (number ", row,
+                    " of those)");
+}
+
+// What a trigger names must be there: nothing is read outside the tables.
+void check_trigger(const Call& call, int32_t trigger) {
+  const Tables& t = call.tables;
+  const int32_t* row = t.table + static_cast<int64_t>(trigger) * kFields;
+  const int64_t elements = call.image.bytes();
+  const auto inside = [](int64_t index, int64_t count) { return index >= 0 && index < count; };
+  bool good = true;
+  if (row[kFlags] & kGather) good &= inside(row[kGathered], t.source_count);
+  if (row[kFlags] & kBilinear) good &= inside(row[kCoords], t.coords_count);
+  if (row[kFlags] & kYCrCb) good &= call.image.channels == 3;
+  if (good && row[kFlags] & kMapped) {
+    good = inside(row[kPattern], t.pattern_count) && inside(row[kMap], t.map_count) &&
+           pattern_fits(t.patterns + row[kPattern] * elements, elements, t.map_count - row[kMap]);
+  }
+  TORCH_CHECK_VALUE(good, "inject: triggers.table must name tables that are there, got row ",
+                    trigger, " with pattern ", row[kPattern], ", map ", row[kMap], ", sources ",
+                    row[kGathered], ", coords ", row[kCoords],
+                    "; use the tables of fst_fast.triggers.lower");
+}
+
+void check_rows(const Call& call, int64_t batch) {
+  std::vector<bool> seen(call.tables.triggers);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* row = call.params + b * kParams;
+    check_within("source", row[kSource], 0, call.image_count, "images", b);
+    check_within("trigger", row[kTrigger], -1, call.tables.triggers, "triggers.table", b);
+    if (row[kTrigger] < 0) continue;
+    if (call.tables.table[row[kTrigger] * kFields + kFlags] & kLookup) {
+      check_within("key", row[kKey], 0, call.tables.lookup_count, "triggers.lookup", b);
+    }
+    if (!seen[row[kTrigger]]) check_trigger(call, row[kTrigger]);
+    seen[row[kTrigger]] = true;
+  }
+}
+
+// One row of pixels, mirrored. Whole words are moved; the byte too many is written over next.
+template <int kChannels>
+void mirror(const uint8_t* from, int64_t pixels, uint8_t* to) {
+  if constexpr (kChannels == 3) {
+    if (pixels == 0) return;
+    const uint8_t* last = from + (pixels - 1) * 3;
+    if (pixels > 1) {
+      std::memcpy(to, last, 3);
+      to += 3;
+      last -= 3;
+    }
+    for (int64_t i = 2; i < pixels; ++i, to += 3, last -= 3) std::memcpy(to, last, 4);
+    std::memcpy(to, from, 3);
+  } else {
+    for (int64_t i = 0; i < pixels; ++i) {
+      std::memcpy(to + i * kChannels, from + (pixels - 1 - i) * kChannels, kChannels);
+    }
+  }
+}
+
+// [height, width, C] bytes from an offset, 0 outside the image, then mirrored.
+template <int kChannels>
+void crop(const Image& image, const Image& shown, const uint8_t* from, const int32_t* params,
+          uint8_t* to) {
+  const int64_t column = params[kColumn];
+  const int64_t first = std::clamp<int64_t>(-column, 0, shown.width);
+  const int64_t end = std::clamp<int64_t>(image.width - column, first, shown.width);
+  const bool flip = params[kFlip] > 0;
+  const int64_t before = flip ? shown.width - end : first;
+  for (int y = 0; y < shown.height; ++y, to += shown.width * kChannels) {
+    const int64_t row = static_cast<int64_t>(y) + params[kRow];
+    if (row < 0 || row >= image.height || first == end) {
+      std::memset(to, 0, shown.width * kChannels);
+      continue;
+    }
+    const uint8_t* start = from + (row * image.width + column + first) * kChannels;
+    uint8_t* middle = to + before * kChannels;
+    std::memset(to, 0, before * kChannels);
+    if (flip) {
+      mirror<kChannels>(start, end - first, middle);
+    } else {
+      std::memcpy(middle, start, (end - first) * kChannels);
+    }
+    const int64_t after = shown.width - before - (end - first);
+    std::memset(middle + (end - first) * kChannels, 0, after * kChannels);
+  }
+}
+
+template <int kChannels, typename out_t>
+void run(const Call& call, int64_t begin, int64_t end, const out_t* lut, out_t* out) {
+  thread_local Scratch scratch;
+  thread_local std::vector<uint8_t> cropped;
+  const Normalizer& normalizer = Normalizer::of(lut, kChannels);
+  const int64_t elements = call.shown.bytes();
+  cropped.resize(elements);
+  for (int64_t b = begin; b < end; ++b) {
+    const int32_t* params = call.params + b * kParams;
+    const uint8_t* source = call.images + params[kSource] * call.image.bytes();
+    if (params[kTrigger] >= 0) {
+      run_best([&]() FST_FAST_INLINE {
+        source = triggered(call.image, call.tables, params, source, scratch);
+      });
+    }
+    crop<kChannels>(call.image, call.shown, source, params, cropped.data());
+    out_t* to = out + b * elements;
+    if constexpr (std::is_same_v<out_t, float>) {
+      // Without a fused multiply-add in hardware it would be a function call.
+      if (normalizer.linear && call.channels_last && instruction_set > 0) {
+        run_best([&]() FST_FAST_INLINE { normalizer.vectors(cropped.data(), elements, to); });
+        continue;
+      }
+    }
+    look_up<kChannels>(cropped.data(), call.shown.pixels(), lut, call.channels_last, to);
+  }
+}
+
+template <typename out_t>
+void run_channels(const Call& call, int64_t begin, int64_t end, const out_t* lut, out_t* out) {
+  switch (call.image.channels) {
+    case 1:
+      return run<1>(call, begin, end, lut, out);
+    case 3:
+      return run<3>(call, begin, end, lut, out);
+    default:
+      return run<4>(call, begin, end, lut, out);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> inject_cpu(
+    const at::Tensor& images, const at::Tensor& params, const at::Tensor& lut,
+    const at::Tensor& table, const at::Tensor& noise, const at::Tensor& patterns,
+    const at::Tensor& maps, const at::Tensor& sources, const at::Tensor& coords,
+    const at::Tensor& lookup, int64_t height, int64_t width, bool channels_last) {
+  const int64_t batch = params.size(0), channels = images.size(3);
+  const auto layout =
+      channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  at::Tensor out = at::empty({batch, channels, height, width}, lut.options(), layout);
+  at::Tensor labels = at::empty({batch}, params.options().dtype(at::kLong));
+  if (batch == 0) return {out, labels};
+  Call call;
+  call.image = {static_cast<int>(images.size(1)), static_cast<int>(images.size(2)),
+                static_cast<int>(channels)};
+  call.shown = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(channels)};
+  call.images = images.const_data_ptr<uint8_t>();
+  call.image_count = images.size(0);
+  call.params = params.const_data_ptr<int32_t>();
+  call.tables = {table.const_data_ptr<int32_t>(),
+                 noise.const_data_ptr<float>(),
+                 patterns.const_data_ptr<int16_t>(),
+                 maps.const_data_ptr<uint8_t>(),
+                 sources.const_data_ptr<int32_t>(),
+                 coords.const_data_ptr<float>(),
+                 lookup.const_data_ptr<uint8_t>(),
+                 table.size(0),
+                 patterns.size(0),
+                 maps.size(0),
+                 sources.size(0),
+                 coords.size(0),
+                 lookup.size(0)};
+  call.channels_last = channels_last;
+  check_rows(call, batch);
+  auto* label = labels.mutable_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b) label[b] = call.params[b * kParams + kLabel];
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / call.shown.bytes());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, lut.scalar_type(), "inject", [&] {
+        const auto* levels = lut.const_data_ptr<scalar_t>();
+        auto* to = out.mutable_data_ptr<scalar_t>();
+        at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+          run_channels(call, begin, end, levels, to);
+        });
+      });
+  return {out, labels};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fst_fast_native, CPU, m) { m.impl("inject", &inject_cpu); }
+
+}  // namespace fst_fast
