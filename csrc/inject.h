@@ -4,6 +4,8 @@
 
 #ifdef __CUDACC__
 #define FST_FAST_BOTH __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FST_FAST_BOTH __attribute__((always_inline)) inline
 #else
 #define FST_FAST_BOTH inline
 #endif
@@ -56,19 +58,19 @@ FST_FAST_BOTH uint8_t to_byte(int value) {
 }
 
 // BT.601, full range, in OpenCV's 14-bit fixed point.
-FST_FAST_BOTH void to_ycrcb(uint8_t* pixel) {
-  const int red = pixel[0], blue = pixel[2];
-  const int luma = (4899 * red + 9617 * pixel[1] + 1868 * blue + 8192) >> 14;
-  pixel[0] = to_byte(luma);
-  pixel[1] = to_byte((((red - luma) * 11682 + 8192) >> 14) + 128);
-  pixel[2] = to_byte((((blue - luma) * 9241 + 8192) >> 14) + 128);
+FST_FAST_BOTH void to_ycrcb(const uint8_t* rgb, uint8_t* ycrcb) {
+  const int red = rgb[0], blue = rgb[2];
+  const int luma = (4899 * red + 9617 * rgb[1] + 1868 * blue + 8192) >> 14;
+  ycrcb[0] = to_byte(luma);
+  ycrcb[1] = to_byte((((red - luma) * 11682 + 8192) >> 14) + 128);
+  ycrcb[2] = to_byte((((blue - luma) * 9241 + 8192) >> 14) + 128);
 }
 
-FST_FAST_BOTH void from_ycrcb(uint8_t* pixel) {
-  const int luma = pixel[0], cr = pixel[1] - 128, cb = pixel[2] - 128;
-  pixel[0] = to_byte(luma + ((cr * 22987 + 8192) >> 14));
-  pixel[1] = to_byte(luma + ((cr * -11698 + cb * -5636 + 8192) >> 14));
-  pixel[2] = to_byte(luma + ((cb * 29049 + 8192) >> 14));
+FST_FAST_BOTH void from_ycrcb(const uint8_t* ycrcb, uint8_t* rgb) {
+  const int luma = ycrcb[0], cr = ycrcb[1] - 128, cb = ycrcb[2] - 128;
+  rgb[0] = to_byte(luma + ((cr * 22987 + 8192) >> 14));
+  rgb[1] = to_byte(luma + ((cr * -11698 + cb * -5636 + 8192) >> 14));
+  rgb[2] = to_byte(luma + ((cb * 29049 + 8192) >> 14));
 }
 
 }  // namespace fst_fast::inject

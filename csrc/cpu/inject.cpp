@@ -98,24 +98,25 @@ void crop(const Image& image, const Image& shown, const uint8_t* from, const int
   const int64_t column = params[kColumn];
   const int64_t first = std::clamp<int64_t>(-column, 0, shown.width);
   const int64_t end = std::clamp<int64_t>(image.width - column, first, shown.width);
+  const int64_t top = std::clamp<int64_t>(-int64_t{params[kRow]}, 0, shown.height);
+  const int64_t bottom =
+      std::clamp<int64_t>(image.height - int64_t{params[kRow]}, top, shown.height);
   const bool flip = params[kFlip] > 0;
-  const int64_t before = flip ? shown.width - end : first;
-  for (int y = 0; y < shown.height; ++y, to += shown.width * kChannels) {
-    const int64_t row = static_cast<int64_t>(y) + params[kRow];
-    if (row < 0 || row >= image.height || first == end) {
-      std::memset(to, 0, shown.width * kChannels);
-      continue;
-    }
-    const uint8_t* start = from + (row * image.width + column + first) * kChannels;
-    uint8_t* middle = to + before * kChannels;
-    std::memset(to, 0, before * kChannels);
+  const int64_t line = shown.width * kChannels, count = end - first;
+  if (top > 0 || bottom < shown.height || count < shown.width) std::memset(to, 0, shown.bytes());
+  to += top * line + (flip ? shown.width - end : first) * kChannels;
+  from += ((top + params[kRow]) * image.width + column + first) * kChannels;
+  if (count == 0 || top == bottom) return;
+  if (!flip && count == shown.width && count == image.width) {
+    std::memcpy(to, from, (bottom - top) * line);
+    return;
+  }
+  for (int64_t y = top; y < bottom; ++y, to += line, from += image.width * kChannels) {
     if (flip) {
-      mirror<kChannels>(start, end - first, middle);
+      mirror<kChannels>(from, count, to);
     } else {
-      std::memcpy(middle, start, (end - first) * kChannels);
+      std::memcpy(to, from, count * kChannels);
     }
-    const int64_t after = shown.width - before - (end - first);
-    std::memset(middle + (end - first) * kChannels, 0, after * kChannels);
   }
 }
 
@@ -131,7 +132,7 @@ void run(const Call& call, int64_t begin, int64_t end, const out_t* lut, out_t* 
     const uint8_t* source = call.images + params[kSource] * call.image.bytes();
     if (params[kTrigger] >= 0) {
       run_best([&]() FST_FAST_INLINE {
-        source = triggered(call.image, call.tables, params, source, scratch);
+        source = triggered<kChannels>(call.image, call.tables, params, source, scratch);
       });
     }
     crop<kChannels>(call.image, call.shown, source, params, cropped.data());
@@ -159,14 +160,14 @@ void run_channels(const Call& call, int64_t begin, int64_t end, const out_t* lut
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> inject_cpu(
-    const at::Tensor& images, const at::Tensor& params, const at::Tensor& lut,
-    const at::Tensor& table, const at::Tensor& noise, const at::Tensor& patterns,
-    const at::Tensor& maps, const at::Tensor& sources, const at::Tensor& coords,
-    const at::Tensor& lookup, int64_t height, int64_t width, bool channels_last) {
+std::tuple<at::Tensor, at::Tensor> inject_cpu(const at::Tensor& images, const at::Tensor& params,
+                                              const at::Tensor& lut, const at::Tensor& table,
+                                              const at::Tensor& noise, const at::Tensor& patterns,
+                                              const at::Tensor& maps, const at::Tensor& sources,
+                                              const at::Tensor& coords, const at::Tensor& lookup,
+                                              int64_t height, int64_t width, bool channels_last) {
   const int64_t batch = params.size(0), channels = images.size(3);
-  const auto layout =
-      channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto layout = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   at::Tensor out = at::empty({batch, channels, height, width}, lut.options(), layout);
   at::Tensor labels = at::empty({batch}, params.options().dtype(at::kLong));
   if (batch == 0) return {out, labels};
@@ -195,14 +196,13 @@ std::tuple<at::Tensor, at::Tensor> inject_cpu(
   auto* label = labels.mutable_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) label[b] = call.params[b * kParams + kLabel];
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / call.shown.bytes());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, lut.scalar_type(), "inject", [&] {
-        const auto* levels = lut.const_data_ptr<scalar_t>();
-        auto* to = out.mutable_data_ptr<scalar_t>();
-        at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-          run_channels(call, begin, end, levels, to);
-        });
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, lut.scalar_type(), "inject", [&] {
+    const auto* levels = lut.const_data_ptr<scalar_t>();
+    auto* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+      run_channels(call, begin, end, levels, to);
+    });
+  });
   return {out, labels};
 }
 

@@ -36,8 +36,7 @@ FST_FAST_INLINE inline float apply_linear(float x, float mean, float high, float
 inline bool reproduces(const Linear& linear, const float* lut) {
   // From the top, where the greatest values part first.
   for (int x = kLevels - 1; x >= 0; --x) {
-    const float value =
-        apply_linear(static_cast<float>(x), linear.mean, linear.high, linear.low);
+    const float value = apply_linear(static_cast<float>(x), linear.mean, linear.high, linear.low);
     if (std::memcmp(&value, lut + x, sizeof(value)) != 0) return false;
   }
   return true;

@@ -7,13 +7,17 @@ from torch import Tensor
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SIDE = 1024
+TABLES = tuple(
+    f"triggers.{name}"
+    for name in ("table", "noise", "patterns", "maps", "sources", "coords", "lookup")
+)
 
 
 def check(
     images: Tensor,
     params: Tensor,
     lut: Tensor,
-    tables: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...] | None,
     height: int,
     width: int,
 ) -> None:
@@ -43,10 +47,13 @@ def check(
             f"inject: lut must be float32, bfloat16 or float16 [{images.shape[-1]}, 256], got "
             f"{lut.dtype} {list(lut.shape)}; use fst_fast.pixels.normalize_table"
         )
-    _check_tables(images, tables)
-    named = {"images": images, "params": params, "lut": lut} | _named(tables)
-    for name, tensor in named.items():
-        if tensor.device != images.device:
+    named = [("images", images), ("params", params), ("lut", lut)]
+    if tables is not None:
+        _check_tables(images, tables)
+        named += zip(TABLES, tables, strict=True)
+    device = images.device
+    for name, tensor in named:
+        if tensor.device != device:
             raise ValueError(
                 f"inject: {name} must be on {images.device} like images, got {tensor.device}; "
                 f"use {name}.to({str(images.device)!r})"
@@ -58,32 +65,26 @@ def check(
             )
 
 
-def _named(tables: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    names = ("table", "noise", "patterns", "maps", "sources", "coords", "lookup")
-    return dict(zip([f"triggers.{name}" for name in names], tables, strict=True))
-
-
 def _check_tables(images: Tensor, tables: tuple[Tensor, ...]) -> None:
     _, height, width, channels = images.shape
-    size = (height, width)
     count = len(tables[0])
     wanted = (
         (torch.int32, (count, 8)),
         (torch.float32, (count, 4)),
-        (torch.int16, (None, *size, channels)),
-        (torch.uint8, (None, 256)),
-        (torch.int32, (None, *size)),
-        (torch.float32, (None, *size, 2)),
-        (torch.uint8, (None, *size, channels)),
+        (torch.int16, (-1, height, width, channels)),
+        (torch.uint8, (-1, 256)),
+        (torch.int32, (-1, height, width)),
+        (torch.float32, (-1, height, width, 2)),
+        (torch.uint8, (-1, height, width, channels)),
     )
-    for (name, tensor), (dtype, shape) in zip(_named(tables).items(), wanted, strict=True):
-        expected = (tensor.shape[0] if shape[0] is None and tensor.dim() else shape[0], *shape[1:])
-        if tensor.dtype != dtype or tuple(tensor.shape) != expected:
-            text = ", ".join("N" if n is None else str(n) for n in shape)
+    for name, tensor, (dtype, shape) in zip(TABLES, tables, wanted, strict=True):
+        got = tuple(tensor.shape)
+        if tensor.dtype != dtype or got[1:] != shape[1:] or shape[0] not in (-1, *got[:1]):
+            text = ", ".join("N" if n < 0 else str(n) for n in shape)
             raise ValueError(
                 f"inject: {name} must be {dtype} [{text}] for images of {height} x {width} x "
-                f"{channels}, got {tensor.dtype} {list(tensor.shape)}; lower the triggers for "
-                "images of this size"
+                f"{channels}, got {tensor.dtype} {list(got)}; lower the triggers for images of "
+                "this size"
             )
 
 

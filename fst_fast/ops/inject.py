@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,12 @@ class TriggerTables(NamedTuple):
 
 def no_triggers(images: Tensor) -> TriggerTables:
     """Tables without a trigger, for [M, H, W, C] images."""
-    _, height, width, channels = images.shape
-    empty = images.new_empty
+    return _empty(*images.shape[1:], images.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _empty(height: int, width: int, channels: int, device: torch.device) -> TriggerTables:
+    empty = torch.empty(0, dtype=torch.uint8, device=device).new_empty
     return TriggerTables(
         table=empty((0, 8), dtype=torch.int32),
         noise=empty((0, 4), dtype=torch.float32),
@@ -95,9 +100,9 @@ def inject(
             looking would wait for the device.
         RuntimeError: ``backend`` cannot run here.
     """
-    tables = no_triggers(images) if triggers is None else triggers
     height, width = images.shape[1:3] if size is None else size
-    check(images, params, lut, tables, height, width)
+    check(images, params, lut, triggers, height, width)
+    tables = no_triggers(images) if triggers is None else triggers
     arguments = (images, params, lut, *tables, height, width, channels_last)
     if torch.compiler.is_compiling():
         return torch.ops.fst_fast.inject.default(*arguments, backend or "")

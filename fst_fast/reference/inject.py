@@ -46,10 +46,11 @@ def inject(
             pixels[chosen] = torch.where(hidden[..., None], pixels[chosen], shown)
     pixels = _crop(pixels, rows, height, width)
     channel = torch.arange(images.shape[-1], device=images.device)
-    out = lut[channel, pixels.long()].permute(0, 3, 1, 2)
-    out = torch.where(good[:, None, None, None], out, torch.full_like(out, float("nan")))
+    values = lut[channel, pixels.long()].permute(0, 3, 1, 2)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return out.contiguous(memory_format=layout), params[:, LABEL].long()
+    out = torch.empty(values.shape, dtype=lut.dtype, device=lut.device, memory_format=layout)
+    out.copy_(torch.where(good[:, None, None, None], values, float("nan")))
+    return out, params[:, LABEL].long()
 
 
 def valid(params: Tensor, images: Tensor, table: Tensor, lookup: Tensor) -> Tensor:
