@@ -27,6 +27,7 @@ struct Call {
   const int32_t* params;
   Tables tables;
   bool channels_last;
+  std::vector<std::vector<Span>> spans;  // of each trigger that occurs
 };
 
 void check_within(const char* name, int64_t value, int64_t least, int64_t end, const char* of,
@@ -37,7 +38,7 @@ void check_within(const char* name, int64_t value, int64_t least, int64_t end, c
 }
 
 // What a trigger names must be there: nothing is read outside the tables.
-void check_trigger(const Call& call, int32_t trigger) {
+void check_trigger(Call& call, int32_t trigger) {
   const Tables& t = call.tables;
   const int32_t* row = t.table + static_cast<int64_t>(trigger) * kFields;
   const int64_t elements = call.image.bytes();
@@ -46,9 +47,13 @@ void check_trigger(const Call& call, int32_t trigger) {
   if (row[kFlags] & kGather) good &= inside(row[kGathered], t.source_count);
   if (row[kFlags] & kBilinear) good &= inside(row[kCoords], t.coords_count);
   if (row[kFlags] & kYCrCb) good &= call.image.channels == 3;
+  if (row[kFlags] & kMapped) {
+    good &= inside(row[kPattern], t.pattern_count) && inside(row[kMap], t.map_count);
+  }
   if (good && row[kFlags] & kMapped) {
-    good = inside(row[kPattern], t.pattern_count) && inside(row[kMap], t.map_count) &&
-           pattern_fits(t.patterns + row[kPattern] * elements, elements, t.map_count - row[kMap]);
+    call.spans[trigger] = mapped_spans(call.image, t.patterns + row[kPattern] * elements,
+                                       t.maps + row[kMap] * kLevels, t.map_count - row[kMap]);
+    good = !call.spans[trigger].empty();
   }
   TORCH_CHECK_VALUE(good, "inject: triggers.table must name tables that are there, got row ",
                     trigger, " with pattern ", row[kPattern], ", map ", row[kMap], ", sources ",
@@ -56,7 +61,8 @@ void check_trigger(const Call& call, int32_t trigger) {
                     "; use the tables of fst_fast.triggers.lower");
 }
 
-void check_rows(const Call& call, int64_t batch) {
+void check_rows(Call& call, int64_t batch) {
+  call.spans.resize(call.tables.triggers);
   std::vector<bool> seen(call.tables.triggers);
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t* row = call.params + b * kParams;
@@ -132,7 +138,8 @@ void run(const Call& call, int64_t begin, int64_t end, const out_t* lut, out_t* 
     const uint8_t* source = call.images + params[kSource] * call.image.bytes();
     if (params[kTrigger] >= 0) {
       run_best([&]() FST_FAST_INLINE {
-        source = triggered<kChannels>(call.image, call.tables, params, source, scratch);
+        source = triggered<kChannels>(call.image, call.tables, params, source,
+                                      call.spans[params[kTrigger]], scratch);
       });
     }
     crop<kChannels>(call.image, call.shown, source, params, cropped.data());

@@ -93,19 +93,42 @@ FST_FAST_INLINE inline void warp(const Image& image, const float* coords, const 
   }
 }
 
-// Whether every map from `first` on that the pattern names is there.
-FST_FAST_INLINE inline bool pattern_fits(const int16_t* pattern, int64_t count, int64_t maps) {
-  int16_t least = 0, most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    least = std::min(least, pattern[i]);
-    most = std::max(most, pattern[i]);
+// The bytes of one row that a trigger's maps may change: [first, end).
+struct Span {
+  int64_t first, end;
+};
+
+// For each row; empty if the pattern names a map that is not there.
+inline std::vector<Span> mapped_spans(const Image& image, const int16_t* pattern,
+                                      const uint8_t* maps, int64_t map_count) {
+  std::vector<uint8_t> changes(map_count);
+  for (int64_t level = 0; level < map_count; ++level) {
+    for (int x = 0; x < kLevels && !changes[level]; ++x) {
+      changes[level] = maps[level * kLevels + x] != x;
+    }
   }
-  return least >= 0 && most < maps;
+  const int64_t line = static_cast<int64_t>(image.width) * image.channels;
+  std::vector<Span> spans(image.height, Span{line, 0});
+  for (int h = 0; h < image.height; ++h) {
+    for (int64_t i = 0; i < line; ++i) {
+      const int64_t level = pattern[h * line + i];
+      if (level < 0 || level >= map_count) return {};
+      if (changes[level]) spans[h] = {std::min(spans[h].first, i), i + 1};
+    }
+  }
+  return spans;
 }
 
-FST_FAST_INLINE inline void map_bytes(int64_t bytes, const int16_t* pattern, const uint8_t* maps,
+FST_FAST_INLINE inline void map_bytes(const Image& image, const std::vector<Span>& spans,
+                                      const int16_t* pattern, const uint8_t* maps,
                                       const uint8_t* from, uint8_t* to) {
-  for (int64_t i = 0; i < bytes; ++i) to[i] = maps[pattern[i] * kLevels + from[i]];
+  if (to != from) std::memcpy(to, from, image.bytes());
+  const int64_t line = static_cast<int64_t>(image.width) * image.channels;
+  for (int h = 0; h < image.height; ++h) {
+    for (int64_t i = h * line + spans[h].first; i < h * line + spans[h].end; ++i) {
+      to[i] = maps[pattern[i] * kLevels + from[i]];
+    }
+  }
 }
 
 // One pass for each of the two conversions, so that they run in vectors.
@@ -132,7 +155,7 @@ FST_FAST_INLINE inline void restore_tiles(const Image& image, int32_t tiles, con
 template <int kChannels>
 FST_FAST_INLINE inline const uint8_t* triggered(const Image& image, const Tables& tables,
                                                 const int32_t* params, const uint8_t* stored,
-                                                Scratch& scratch) {
+                                                const std::vector<Span>& spans, Scratch& scratch) {
   const int32_t* row = tables.table + static_cast<int64_t>(params[kTrigger]) * kFields;
   const int32_t flags = row[kFlags];
   const int64_t pixels = image.pixels(), bytes = image.bytes();
@@ -158,8 +181,8 @@ FST_FAST_INLINE inline const uint8_t* triggered(const Image& image, const Tables
     now = changed;
   }
   if (flags & kMapped) {
-    map_bytes(bytes, tables.patterns + row[kPattern] * bytes, tables.maps + row[kMap] * kLevels,
-              now, changed);
+    map_bytes(image, spans, tables.patterns + row[kPattern] * bytes,
+              tables.maps + row[kMap] * kLevels, now, changed);
     now = changed;
   }
   if (flags & kYCrCb) convert(pixels, true, now, changed);
