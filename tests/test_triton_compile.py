@@ -11,7 +11,13 @@ import sys
 
 import pytest
 import torch
-from triton_compile_cases import NO_SPILLS, TYPES, head_deviation_cases, head_step_cases
+from triton_compile_cases import (
+    NO_SPILLS,
+    TYPES,
+    head_deviation_cases,
+    head_step_cases,
+    inject_cases,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -90,6 +96,10 @@ def test_head_step_compiles_for_every_generation(tmp_path):
 def test_head_deviation_loss_compiles_for_every_generation_without_spills(tmp_path):
     modules = ["head_deviation_small", "head_deviation_rows", "head_deviation_gradients"]
     print(compile_all(spread(head_deviation_cases(), fused=True), modules, tmp_path))
+
+
+def test_inject_compiles_for_every_generation_without_spills(tmp_path):
+    print(compile_all(spread(inject_cases(), fused=False), ["inject"], tmp_path))
 
 
 def test_the_types_are_those_of_the_ops():

@@ -13,6 +13,7 @@ NO_SPILLS = (
     "head_deviation_small_weight_kernel",
     "head_deviation_rows_kernel",
     "head_deviation_finish_kernel",
+    "inject_kernel",
 )
 
 
@@ -122,3 +123,21 @@ def head_deviation_cases():
             long = types | {"weight0_count": "i64", "d_weight_count": "i64"}
             constants = {"BLOCK": 4096, "num_warps": 8}
             yield index, ("head_deviation_weight_kernel", long, constants)
+
+
+def inject_cases():
+    """Types of output x channels x both layouts, with triggers and without."""
+    types = pointers(("images_ptr", "maps_ptr", "lookup_ptr"), "u8")
+    types |= pointers(("params_ptr", "table_ptr", "sources_ptr"), "i32")
+    types |= pointers(("noise_ptr", "coords_ptr"), "fp32")
+    types |= pointers(("patterns_ptr",), "i16") | pointers(("labels_ptr",), "i64")
+    types |= {"number": "i32"}
+    index = 0
+    for kind in ("fp32", "bf16", "fp16"):
+        for channels in (1, 3, 4):
+            for triggers in (True, False):
+                constants = {"C": channels, "HAS_TRIGGERS": triggers, "BLOCK": 512}
+                constants["CHANNELS_LAST"] = index % 2 == 0
+                outputs = pointers(("out_ptr", "lut_ptr"), kind)
+                yield index // 2 + index // 6, ("inject_kernel", types | outputs, constants)
+                index += 1
