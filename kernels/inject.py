@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .inject_trigger import triggered
 
-BLOCK = 512
+BLOCK = 256
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """inject: every backend gives the reference's bits, for every stage of a trigger."""
 
+import importlib
+
 import pytest
 import torch
 from check import assert_same_bits
@@ -16,6 +18,13 @@ def to(device, arguments):
     *tensors, tables = arguments
     moved = [tensor.to(device) for tensor in tensors]
     return (*moved, type(tables)(*[table.to(device) for table in tables]))
+
+
+@pytest.fixture(autouse=True)
+def _large_blocks(monkeypatch):
+    """A block of the interpreter costs the same whatever its size."""
+    if "triton" in BACKENDS and DEVICE.type == "cpu":
+        monkeypatch.setattr(importlib.import_module("fst_fast.kernels.inject"), "BLOCK", 4096)
 
 
 def agree(arguments, backend, name, **options):

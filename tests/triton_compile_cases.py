@@ -136,7 +136,7 @@ def inject_cases():
     for kind in ("fp32", "bf16", "fp16"):
         for channels in (1, 3, 4):
             for triggers in (True, False):
-                constants = {"C": channels, "HAS_TRIGGERS": triggers, "BLOCK": 512}
+                constants = {"C": channels, "HAS_TRIGGERS": triggers, "BLOCK": 256}
                 constants["CHANNELS_LAST"] = index % 2 == 0
                 outputs = pointers(("out_ptr", "lut_ptr"), kind)
                 yield index // 2 + index // 6, ("inject_kernel", types | outputs, constants)

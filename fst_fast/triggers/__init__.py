@@ -1,9 +1,28 @@
 """Backdoor triggers as small frozen descriptions; ``trigger.apply(images_u8)`` is the truth."""
 
+from .adaptive import AdaptiveBlend, AdaptivePatch
+from .additive import SIBA, SIG, LabelConsistent, LowFrequency, TrojanNN
 from .affine import BadNets, Blended
-from .base import Trigger
+from .base import Chroma, Elementwise, Gather, Trigger, Warp, WarpField
+from .frequency import CTRL, FTrojan
+from .lower import looked_up, lower
+from .quantise import BppAttack, BppAttackDithered
 
-ZOO: dict[str, type[Trigger]] = {"badnets": BadNets, "blended": Blended}
+ZOO: dict[str, type[Trigger]] = {
+    "badnets": BadNets,
+    "blended": Blended,
+    "sig": SIG,
+    "low-frequency": LowFrequency,
+    "trojannn": TrojanNN,
+    "label-consistent": LabelConsistent,
+    "adaptive-blend": AdaptiveBlend,
+    "adaptive-patch": AdaptivePatch,
+    "ctrl": CTRL,
+    "ftrojan": FTrojan,
+    "siba": SIBA,
+    "bpp": BppAttack,
+    "bpp-dithered": BppAttackDithered,
+}
 
 
 def get(name: str, **settings: object) -> Trigger:
@@ -20,4 +39,28 @@ def get(name: str, **settings: object) -> Trigger:
         raise ValueError(f"triggers: {name} does not take {settings}: {error}") from None
 
 
-__all__ = ["ZOO", "BadNets", "Blended", "Trigger", "get"]
+__all__ = [
+    "CTRL",
+    "SIBA",
+    "SIG",
+    "ZOO",
+    "AdaptiveBlend",
+    "AdaptivePatch",
+    "BadNets",
+    "Blended",
+    "BppAttack",
+    "BppAttackDithered",
+    "Chroma",
+    "Elementwise",
+    "FTrojan",
+    "Gather",
+    "LabelConsistent",
+    "LowFrequency",
+    "Trigger",
+    "TrojanNN",
+    "Warp",
+    "WarpField",
+    "get",
+    "looked_up",
+    "lower",
+]

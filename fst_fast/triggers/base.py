@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..reference import inject as truth
 
@@ -68,10 +68,7 @@ class Trigger:
 
     def describe(self) -> dict[str, object]:
         """Name and settings as plain JSON values, for manifests; tensors become their shapes."""
-        settings = {
-            name: f"tensor {list(value.shape)}" if isinstance(value, Tensor) else value
-            for name, value in asdict(self).items()
-        }
+        settings = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return {"name": type(self).__name__, **settings}
 
 
@@ -141,6 +138,14 @@ class Warp(Trigger):
             noise = torch.tensor(field.noise, dtype=torch.float32, device=images.device)
             coords = truth.moved(coords, noise, keys.to(images.device), field.seed)
         return truth.bilinear(images, coords, rounded=field.rounded)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def check_images(images: Tensor, name: str) -> None:
