@@ -7,6 +7,7 @@ from .base import Chroma, Elementwise, Gather, Trigger, Warp, WarpField
 from .frequency import CTRL, FTrojan
 from .lower import looked_up, lower
 from .quantise import BppAttack, BppAttackDithered
+from .warp import BattRotation, BattTranslation, WaNet
 
 ZOO: dict[str, type[Trigger]] = {
     "badnets": BadNets,
@@ -22,6 +23,9 @@ ZOO: dict[str, type[Trigger]] = {
     "siba": SIBA,
     "bpp": BppAttack,
     "bpp-dithered": BppAttackDithered,
+    "wanet": WaNet,
+    "batt-rotation": BattRotation,
+    "batt-translation": BattTranslation,
 }
 
 
@@ -47,6 +51,8 @@ __all__ = [
     "AdaptiveBlend",
     "AdaptivePatch",
     "BadNets",
+    "BattRotation",
+    "BattTranslation",
     "Blended",
     "BppAttack",
     "BppAttackDithered",
@@ -58,6 +64,7 @@ __all__ = [
     "LowFrequency",
     "Trigger",
     "TrojanNN",
+    "WaNet",
     "Warp",
     "WarpField",
     "get",

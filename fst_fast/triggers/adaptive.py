@@ -1,4 +1,4 @@
-"""Triggers that are weaker in training than at test (Qi et al., ICLR 2023)."""
+"""Triggers that are weaker in training than at test (Qi et al., ICLR 2023, arXiv 2205.13613)."""
 
 from __future__ import annotations
 
