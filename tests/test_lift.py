@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -352,12 +353,8 @@ LOADERS = {
 def test_loaders_and_datasets_that_are_not_recognised(loader, reason):
     got = lift(loader)
     assert isinstance(got, str)
-    pytest.raises(ValueError, _raise, got).match(reason)
+    assert re.search(reason, got), got
     assert "\n" not in got
-
-
-def _raise(message):
-    raise ValueError(message)
 
 
 class ChangedCrop(v1.RandomCrop):
@@ -398,7 +395,7 @@ def test_transforms_that_are_not_recognised(transform, reason, tmp_path, monkeyp
     dataset = make_cifar(tmp_path, monkeypatch, transform=transform)
     got = lift(DataLoader(dataset))
     assert isinstance(got, str)
-    pytest.raises(ValueError, _raise, got).match(reason)
+    assert re.search(reason, got), got
     assert "\n" not in got
 
 
