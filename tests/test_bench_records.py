@@ -184,7 +184,9 @@ def test_machine_is_measured():
 
 
 def test_threads_are_put_back(monkeypatch):
-    monkeypatch.setattr(machine, "measure", lambda device, quick: {})
+    monkeypatch.setattr(
+        machine, "measure", lambda device, quick: {"copy_gb_per_s": 1.0, "fp32_gflop_per_s": 1.0}
+    )
     before = torch.get_num_threads()
     settings = head.Settings(device=CPU, cases=[cases.StepCase(2, 3)], threads=[before + 1])
     monkeypatch.setattr(head, "measure", lambda *arguments: 1 / 0)

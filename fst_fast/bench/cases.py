@@ -63,6 +63,9 @@ class LossCase:
     def shape(self) -> tuple[int, ...]:
         return self.B, self.D, self.K
 
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype}"
+
     @property
     def flops(self) -> int:
         """Three products: logits, d_features, d_weight."""
@@ -192,6 +195,9 @@ class StepCase:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.K, self.D
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype}"
 
     @property
     def bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import time
 import warnings
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import cases, check, machine, memory, peers, records, timing
+from . import cases, check, machine, memory, peers, suite, timing
+from .suite import Settings
 
 NAME = "head"
-SCHEMA = 1
 MOST_INPUTS = 256
 # Of a huge case on a CPU nothing is timed that takes longer than so many of eager's calls.
 PATIENCE = 2.0
@@ -28,68 +27,14 @@ METHOD = {
     "hot": "the same with one set of inputs, where that fits into the last-level cache",
     "inputs": "sets in turn, together at least 3 times the last-level cache where "
     f"{MOST_INPUTS} sets are enough",
-    "time_cpu": "wall clock of single calls, in blocks of one variant, in turn",
-    "time_cuda": "CUDA events around a block of calls, or around a graph of them; host_p50_us is "
-    "the wall clock that launching took per call",
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure, on what, for how long.
-
-    Attributes:
-        variants: names, eager being added; None takes all.
-        seconds: for the rounds of one case.
-    """
-
-    device: torch.device
-    cases: list[cases.Case]
-    threads: list[int]
-    variants: list[str] | None = None
-    seconds: float = 2.0
-    quick: bool = False
 
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure everything; returns the record."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    record: dict[str, Any] = {
-        "suite": NAME,
-        "schema": SCHEMA,
-        "time": now.isoformat(timespec="seconds"),
-        "date": now.date().isoformat(),
-        **records.sources(),
-        "device": machine.describe(settings.device),
-        "versions": machine.versions(),
-        "backends": machine.build(),
-        "settings": {
-            "variants": settings.variants,
-            "seconds": settings.seconds,
-            "quick": settings.quick,
-        },
-        "method": {**METHOD, "memory": memory.METHOD[settings.device.type]},
-        "load_average": {"before": machine.load_average()},
-        "machine": [],
-        "cases": [],
-    }
-    threads_before = torch.get_num_threads()
-    try:
-        with memory.Child() as child:
-            for threads in settings.threads:
-                torch.set_num_threads(threads)
-                rates = machine.measure(settings.device, settings.quick)
-                record["machine"].append({"threads": threads, **rates})
-                for case in settings.cases:
-                    say(f"{case.op} {case.shape} {case.dtype}, threads: {threads}")
-                    row = measure(case, settings, child)
-                    record["cases"].append(
-                        {"threads": threads, "floor": cases.floor(case, rates), **row}
-                    )
-    finally:
-        torch.set_num_threads(threads_before)
-    record["load_average"]["after"] = machine.load_average()
-    return records.finish(record)
+    method = {**METHOD, "memory": memory.METHOD[settings.device.type]}
+    with memory.Child() as child:
+        return suite.run(NAME, method, settings, lambda case: measure(case, settings, child), say)
 
 
 def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[str, Any]:
@@ -112,8 +57,8 @@ def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[s
     rows = []
     for variant, facts in right:
         row = {"variant": variant.name, "ours": variant.ours, **facts.record()}
-        row |= timing.summarise(cold[variant.name], cold["eager"])
-        row["hot"] = hot and timing.summarise(hot[variant.name], hot["eager"])
+        row |= _against_eager(cold, variant.name)
+        row["hot"] = hot and _against_eager(hot, variant.name)
         rows.append(row | _memory(case, variant, settings.device, child))
     return {
         **cases.describe(case),
@@ -128,20 +73,18 @@ def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[s
     }
 
 
+def _against_eager(blocks: dict[str, list[timing.Block]], name: str) -> dict[str, Any]:
+    ratio, between = timing.speedup(blocks[name], blocks["eager"])
+    times = timing.summarise(blocks[name])
+    return {**times, "speedup_over_eager": ratio, "speedup_range": between}
+
+
 def _time(
     case: cases.Case, right: Checked, sets: list[Any], settings: Settings
 ) -> dict[str, list[timing.Block]]:
-    timers: dict[str, timing.Timer] = {}
-    for variant, facts in right:
-        calls = [variant.make(inputs) for inputs in sets]
-        if variant.graph:
-            timers[variant.name] = timing.GraphTimer(calls)
-        elif settings.device.type == "cuda":
-            timers[variant.name] = timing.EventTimer(calls)
-        else:
-            # A huge case is not run twice more to see how long it takes.
-            timers[variant.name] = timing.HostTimer(calls, facts.seconds if case.huge else None)
-    return timing.interleave(timers, settings.seconds) if timers else {}
+    # A huge case is not run twice more to see how long it takes.
+    expected = {variant: facts.seconds if case.huge else None for variant, facts in right}
+    return suite.time_in_turn(expected, sets, settings)
 
 
 def make_sets(case: cases.Case, device: torch.device) -> list[Any]:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import cases, head, peers, records, table
+from . import cases, head, inject, inject_cases, inject_peers, peers, records, suite, table
 
-SUITES = ("head",)
+SUITES = {"head": head, "inject": inject}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``bench`` to ``parser``."""
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument(
-        "--shapes", nargs="+", metavar="B,D,K", type=_shape, help="instead of the suite's own"
+        "--shapes",
+        nargs="+",
+        metavar="B,D,K",
+        type=_shape,
+        help="instead of the suite's own; of inject B,H,W",
+    )
+    parser.add_argument(
+        "--families",
+        type=_list_of(str, inject_cases.FAMILIES),
+        help=f"of inject, by comma: {', '.join(inject_cases.FAMILIES)}; default: all",
     )
     parser.add_argument(
         "--dtype",
@@ -30,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_list_of(int), help="such as 1,2; default: torch's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument(
-        "--variants", type=_list_of(str), help="by comma; eager is always among them"
+        "--variants", type=_list_of(str), help="by comma; the baselines are always among them"
     )
     parser.add_argument("--seconds", type=float, help="time for each case, 3 rounds at least")
     parser.add_argument("--quick", action="store_true", help="small shapes and less time for each")
@@ -50,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     settings = make_settings(options)
     if options.record is not None:
         options.record.mkdir(parents=True, exist_ok=True)
-    record = head.run(settings, say=_say)
+    record = SUITES[options.suite].run(settings, say=_say)
     if options.json:
         print(json.dumps(record, allow_nan=False, indent=2))
     else:
@@ -58,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     if options.record is not None:
         _say(f"wrote {records.write(record, options.record)}")
     refused = [
-        f"{row['variant']} at {case['op']} {case['shape']} {case['dtype']}: {row['reason']}"
+        f"{row['variant']} at {table.name(case)} {case['shape']} {case['dtype']}: {row['reason']}"
         for case in record["cases"]
         for row in case["refused"]
         if row["ours"]
@@ -68,17 +78,17 @@ def run(options: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
-def make_settings(options: argparse.Namespace) -> head.Settings:
+def make_settings(options: argparse.Namespace) -> suite.Settings:
     """Check what argparse cannot.
 
     Raises:
-        ValueError: an unknown variant, a wrong number.
+        ValueError: an unknown variant, a wrong number, an argument of another suite.
         RuntimeError: no such device here.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda needs a GPU, torch finds none; use --device cpu")
-    known = peers.known()
+    known = (inject_peers if options.suite == "inject" else peers).known()
     for name in options.variants or ():
         if name not in known:
             raise ValueError(f"--variants must be among {', '.join(known)}, got {name!r}")
@@ -90,14 +100,24 @@ def make_settings(options: argparse.Namespace) -> head.Settings:
         seconds = 0.5 if options.quick else 2.0
     if not seconds > 0:
         raise ValueError(f"--seconds must be more than 0, got {seconds}")
-    return head.Settings(
+    return suite.Settings(
         device=torch.device(device),
-        cases=cases.select(options.shapes, options.dtype, options.quick),
+        cases=_cases(options),
         threads=threads,
         variants=options.variants,
         seconds=seconds,
         quick=options.quick,
     )
+
+
+def _cases(options: argparse.Namespace) -> Sequence[Any]:
+    if options.suite == "inject":
+        return inject_cases.select(
+            options.families, options.shapes, options.dtype, quick=options.quick
+        )
+    if options.families is not None:
+        raise ValueError("--families must be left out of the suite head; it belongs to inject")
+    return cases.select(options.shapes, options.dtype, options.quick)
 
 
 def _say(text: str) -> None:
@@ -109,7 +129,7 @@ def _shape(text: str) -> tuple[int, int, int]:
         B, D, K = (int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"a shape must be B,D,K like 128,512,10, got {text!r}"
+            f"a shape must be B,D,K like 128,512,10, or of inject B,H,W, got {text!r}"
         ) from None
     if min(B, D, K) < 1:
         raise argparse.ArgumentTypeError(f"a shape must be at least 1,1,1, got {text!r}")

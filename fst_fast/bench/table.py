@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
+HEAD_COLUMNS = (
     "case",
     "variant",
     "p20",
@@ -18,6 +18,10 @@ COLUMNS = (
     "x eager, hot",
     "error / eager's",
     "extra memory",
+)
+INJECT_COLUMNS = (
+    *("case", "variant", "p20", "p50", "p80", "x PIL", "x torch"),
+    *("GB/s", "of copy's", "same as the reference"),
 )
 PLAIN_WIDTH = 180
 # Below that of float32 a ratio of errors says nothing.
@@ -39,27 +43,36 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
     for name, load in record["load_average"].items():
         if load:
             lines.append(f"load average {name}: {load[0]:.2f}")
-    table = Table(*COLUMNS)
+    columns, make_rows = _SUITES[record["suite"]]
+    table = Table(*columns)
     for case in record["cases"]:
-        for i, cells in enumerate(_rows(case)):
-            table.add_row(_title(case)[i] if i < 3 else "", *cells)
+        title, rows = _title(case), make_rows(case)
+        # The title has three lines.
+        rows += [[""] * (len(columns) - 1)] * (3 - len(rows))
+        for i, cells in enumerate(rows):
+            table.add_row(title[i] if i < 3 else "", *cells)
         table.add_section()
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table, highlight=False)
 
 
+def name(case: dict[str, Any]) -> str:
+    """The op and, where the suite has any, the family."""
+    return f"{case['op']} {case['family']}" if "family" in case else case["op"]
+
+
 def _title(case: dict[str, Any]) -> list[str]:
     shape = ",".join(map(str, case["shape"]))
     threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
     return [
-        f"{case['op']}",
+        name(case),
         f"{shape} {case['dtype']}, {threads}",
         f"floor {time(case['floor']['us'])}",
     ]
 
 
-def _rows(case: dict[str, Any]) -> list[list[str]]:
+def _head_rows(case: dict[str, Any]) -> list[list[str]]:
     eager = next((row["errors"] for row in case["variants"] if row["variant"] == "eager"), None)
     rows = []
     for row in case["variants"]:
@@ -76,9 +89,34 @@ def _rows(case: dict[str, Any]) -> list[list[str]]:
                 extra,
             ]
         )
-    rows += [[f"{row['variant']} refused: {row['reason']}", *[""] * 8] for row in case["refused"]]
-    # The title has three lines.
-    return rows + [[""] * 9] * (3 - len(rows))
+    return rows + _refused(case, len(HEAD_COLUMNS))
+
+
+def _inject_rows(case: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for row in case["variants"]:
+        ratios = [row.get(f"speedup_over_{base}") for base in ("pil", "torch")]
+        exact = "" if row["differing"] is None else "every bit"
+        if row["differing"]:
+            exact = f"{row['differing']:.0e} differ, by up to {row['levels']:.1g} levels"
+        rows.append(
+            [
+                row["variant"],
+                *(time(row[f"{p}_us"]) for p in ("p20", "p50", "p80")),
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                f"{row['gb_per_s']:.2f}",
+                f"{100 * case['floor']['us'] / row['p50_us']:.0f} %",
+                exact,
+            ]
+        )
+    return rows + _refused(case, len(INJECT_COLUMNS))
+
+
+def _refused(case: dict[str, Any], columns: int) -> list[list[str]]:
+    return [
+        [f"{row['variant']} refused: {row['reason']}", *[""] * (columns - 2)]
+        for row in case["refused"]
+    ]
 
 
 def error_ratio(errors: dict[str, float | None], eager: dict[str, float | None] | None) -> str:
@@ -103,3 +141,6 @@ def time(us: float) -> str:
 def size(count: float) -> str:
     """Bytes in MB or GB, as decimal powers."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+_SUITES = {"head": (HEAD_COLUMNS, _head_rows), "inject": (INJECT_COLUMNS, _inject_rows)}

@@ -144,21 +144,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def summarise(
-    blocks: Sequence[Block],
-    eager: Sequence[Block],
-) -> dict[str, Any]:
-    """Percentiles in microseconds; how many times as fast as eager, as a ratio of medians.
-
-    ``speedup_range`` holds p20 and p80 of that ratio taken round by round: on a busy machine it
-    tells more than the percentiles of the times.
-    """
+def summarise(blocks: Sequence[Block]) -> dict[str, Any]:
+    """Percentiles in microseconds."""
     samples = [sample for block, _ in blocks for sample in block]
-    eager_samples = [sample for block, _ in eager for sample in block]
-    by_round = [
-        percentile(theirs, 0.5) / percentile(ours, 0.5)
-        for (ours, _), (theirs, _) in zip(blocks, eager, strict=True)
-    ]
     host = [seconds for _, seconds in blocks if seconds is not None]
     p20, p50, p80 = (percentile(samples, share) * 1e6 for share in (0.2, 0.5, 0.8))
     return {
@@ -168,6 +156,19 @@ def summarise(
         "host_p50_us": percentile(host, 0.5) * 1e6 if host else None,
         "samples": len(samples),
         "rounds": len(blocks),
-        "speedup_over_eager": percentile(eager_samples, 0.5) * 1e6 / p50,
-        "speedup_range": [percentile(by_round, 0.2), percentile(by_round, 0.8)],
     }
+
+
+def speedup(blocks: Sequence[Block], base: Sequence[Block]) -> tuple[float, list[float]]:
+    """How many times as fast as the baseline: the ratio of medians, and its range.
+
+    The range holds p20 and p80 of that ratio taken round by round: on a busy machine it tells
+    more than the percentiles of the times.
+    """
+    ours, theirs = ([s for block, _ in part for s in block] for part in (blocks, base))
+    by_round = [
+        percentile(those, 0.5) / percentile(these, 0.5)
+        for (these, _), (those, _) in zip(blocks, base, strict=True)
+    ]
+    ratio = percentile(theirs, 0.5) / percentile(ours, 0.5)
+    return ratio, [percentile(by_round, share) for share in (0.2, 0.8)]

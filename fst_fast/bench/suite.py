@@ -1,0 +1,97 @@
+"""What every suite does: its record, its cases in turn, its variants in turn."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import cases, machine, peers, records, timing
+
+SCHEMA = 1
+TIME_METHOD = {
+    "time_cpu": "wall clock of single calls, in blocks of one variant, in turn",
+    "time_cuda": "CUDA events around a block of calls, or around a graph of them; host_p50_us is "
+    "the wall clock that launching took per call",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, on what, for how long.
+
+    Attributes:
+        cases: of the suite's own kind.
+        variants: names, those that ratios refer to being added; None takes all.
+        seconds: for the rounds of one case.
+    """
+
+    device: torch.device
+    cases: Sequence[Any]
+    threads: list[int]
+    variants: list[str] | None = None
+    seconds: float = 2.0
+    quick: bool = False
+
+
+def run(
+    name: str,
+    method: Mapping[str, str],
+    settings: Settings,
+    measure: Callable[[Any], dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure every case on every number of threads; returns the record."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record: dict[str, Any] = {
+        "suite": name,
+        "schema": SCHEMA,
+        "time": now.isoformat(timespec="seconds"),
+        "date": now.date().isoformat(),
+        **records.sources(),
+        "device": machine.describe(settings.device),
+        "versions": machine.versions(),
+        "backends": machine.build(),
+        "settings": {
+            "variants": settings.variants,
+            "seconds": settings.seconds,
+            "quick": settings.quick,
+        },
+        "method": {**method, **TIME_METHOD},
+        "load_average": {"before": machine.load_average()},
+        "machine": [],
+        "cases": [],
+    }
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in settings.threads:
+            torch.set_num_threads(threads)
+            rates = machine.measure(settings.device, settings.quick)
+            record["machine"].append({"threads": threads, **rates})
+            for case in settings.cases:
+                say(f"{case}, threads: {threads}")
+                row = {"threads": threads, "floor": cases.floor(case, rates), **measure(case)}
+                record["cases"].append(row)
+    finally:
+        torch.set_num_threads(threads_before)
+    record["load_average"]["after"] = machine.load_average()
+    return records.finish(record)
+
+
+def time_in_turn(
+    chosen: Mapping[peers.Variant, float | None], sets: Sequence[Any], settings: Settings
+) -> dict[str, list[timing.Block]]:
+    """Blocks of every variant, which stands with the seconds that a call takes, or None."""
+    timers: dict[str, timing.Timer] = {}
+    for variant, expected in chosen.items():
+        calls = [variant.make(inputs) for inputs in sets]
+        if variant.graph:
+            timers[variant.name] = timing.GraphTimer(calls)
+        elif settings.device.type == "cuda":
+            timers[variant.name] = timing.EventTimer(calls)
+        else:
+            timers[variant.name] = timing.HostTimer(calls, expected)
+    return timing.interleave(timers, settings.seconds) if timers else {}
