@@ -67,16 +67,37 @@ def heads():
     return table(["library", *VERDICTS], rows)
 
 
+def inject():
+    """One row per trigger family and size, from the newest record of each device."""
+    return bench_tables("inject", "inject", INJECT_HEADER, inject_row)
+
+
+def inject_row(case):
+    """Ours is the fastest of our backends."""
+    rows = {row["variant"]: row for row in case["variants"]}
+    ours = fastest(row for row in rows.values() if row["ours"])
+    others = [rows.get(name) for name in ("pil", "torch")]
+    rival = fastest(r for r in rows.values() if not r["ours"] and r["variant"] not in BASELINES)
+    start = [case["family"], " x ".join(map(str, case["shape"])), case["dtype"], case["threads"]]
+    start += [microseconds(row["p50_us"]) if row else "failed" for row in others]
+    start.append("" if rival is None else cell(rival))
+    if ours is None:
+        return [*start, "refused or not available", *[""] * 4]
+    ratios = [f"{row['p50_us'] / ours['p50_us']:.0f}" if row else "" for row in others]
+    share = f"{100 * case['floor']['us'] / ours['p50_us']:.0f} %"
+    return [*start, cell(ours), *ratios, f"{ours['gb_per_s']:.1f}", share]
+
+
 def head():
     """head_deviation_loss, forward and backward."""
-    return bench_tables("head", "head_deviation_loss")
+    return bench_tables("head", "head_deviation_loss", BENCH_HEADER, bench_row)
 
 
 def head_step():
-    return bench_tables("head", "head_step_")
+    return bench_tables("head", "head_step_", BENCH_HEADER, bench_row)
 
 
-def bench_tables(suite, op):
+def bench_tables(suite, op, header, row):
     """The newest record of each device; where there is none, that is said."""
     parts = []
     for device, place in DEVICES.items():
@@ -85,8 +106,8 @@ def bench_tables(suite, op):
             parts.append(f"Not yet measured on a {place}.")
             continue
         record = max(records, key=lambda record: record["time"])
-        rows = [bench_row(case) for case in record["cases"] if case["op"] == op]
-        parts.append(f"{bench_title(record)}\n\n{table(BENCH_HEADER, rows)}")
+        rows = [row(case) for case in record["cases"] if case["op"] == op]
+        parts.append(f"{bench_title(record)}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -153,8 +174,19 @@ BENCH_HEADER = [
     *("shape", "dtype", "threads", "floor", "eager", "best rival", "ours"),
     *("x eager (in cache)", "x rival", "extra memory, ours / eager", "error, ours / eager"),
 ]
+BASELINES = ("pil", "torch")
+INJECT_HEADER = [
+    *("trigger", "batch", "dtype", "threads", "PIL", "torch", "best rival", "ours"),
+    *("x PIL", "x torch", "GB/s", "of a copy's"),
+]
 VERDICTS = ("right", "refused", "wrong")
-TABLES = {"efficacy": efficacy, "heads": heads, "head": head, "head_step": head_step}
+TABLES = {
+    "efficacy": efficacy,
+    "heads": heads,
+    "head": head,
+    "head_step": head_step,
+    "inject": inject,
+}
 
 
 def fill(text):

@@ -27,7 +27,7 @@ struct Call {
   const int32_t* params;
   Tables tables;
   bool channels_last;
-  std::vector<std::vector<Span>> spans;  // of each trigger that occurs
+  std::vector<Mapped> mapped;  // of each trigger that occurs
 };
 
 void check_within(const char* name, int64_t value, int64_t least, int64_t end, const char* of,
@@ -51,9 +51,9 @@ void check_trigger(Call& call, int32_t trigger) {
     good &= inside(row[kPattern], t.pattern_count) && inside(row[kMap], t.map_count);
   }
   if (good && row[kFlags] & kMapped) {
-    call.spans[trigger] = mapped_spans(call.image, t.patterns + row[kPattern] * elements,
+    call.mapped[trigger] = find_mapped(call.image, t.patterns + row[kPattern] * elements,
                                        t.maps + row[kMap] * kLevels, t.map_count - row[kMap]);
-    good = !call.spans[trigger].empty();
+    good = !call.mapped[trigger].spans.empty();
   }
   TORCH_CHECK_VALUE(good, "inject: triggers.table must name tables that are there, got row ",
                     trigger, " with pattern ", row[kPattern], ", map ", row[kMap], ", sources ",
@@ -62,7 +62,7 @@ void check_trigger(Call& call, int32_t trigger) {
 }
 
 void check_rows(Call& call, int64_t batch) {
-  call.spans.resize(call.tables.triggers);
+  call.mapped.resize(call.tables.triggers);
   std::vector<bool> seen(call.tables.triggers);
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t* row = call.params + b * kParams;
@@ -77,30 +77,38 @@ void check_rows(Call& call, int64_t batch) {
   }
 }
 
-// One row of pixels, mirrored. Whole words are moved; the byte too many is written over next.
+#ifdef FST_FAST_X86_LEVELS
+// Pixels of 3 bytes from the last one on, five at a time, as long as one more is to come: a byte
+// too many is read before them, and one is written behind them. Returns how many are left.
+FST_FAST_INLINE inline int64_t mirror_fives(const uint8_t* from, int64_t pixels, uint8_t* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Bytes order = {13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0};
+  for (; pixels > 5; pixels -= 5, to += 15) {
+    Bytes five;
+    std::memcpy(&five, from + (pixels - 5) * 3 - 1, sizeof(five));
+    five = __builtin_shuffle(five, order);
+    std::memcpy(to, &five, sizeof(five));
+  }
+  return pixels;
+}
+#endif
+
+// One row of pixels, mirrored.
 template <int kChannels>
-void mirror(const uint8_t* from, int64_t pixels, uint8_t* to) {
-  if constexpr (kChannels == 3) {
-    if (pixels == 0) return;
-    const uint8_t* last = from + (pixels - 1) * 3;
-    if (pixels > 1) {
-      std::memcpy(to, last, 3);
-      to += 3;
-      last -= 3;
-    }
-    for (int64_t i = 2; i < pixels; ++i, to += 3, last -= 3) std::memcpy(to, last, 4);
-    std::memcpy(to, from, 3);
-  } else {
-    for (int64_t i = 0; i < pixels; ++i) {
-      std::memcpy(to + i * kChannels, from + (pixels - 1 - i) * kChannels, kChannels);
-    }
+FST_FAST_INLINE inline void mirror(const uint8_t* from, int64_t pixels, uint8_t* to) {
+  int64_t left = pixels;
+#ifdef FST_FAST_X86_LEVELS
+  if constexpr (kChannels == 3) left = mirror_fives(from, pixels, to);
+#endif
+  for (int64_t i = pixels - left; i < pixels; ++i) {
+    std::memcpy(to + i * kChannels, from + (pixels - 1 - i) * kChannels, kChannels);
   }
 }
 
 // [height, width, C] bytes from an offset, 0 outside the image, then mirrored.
 template <int kChannels>
-void crop(const Image& image, const Image& shown, const uint8_t* from, const int32_t* params,
-          uint8_t* to) {
+FST_FAST_INLINE inline void crop(const Image& image, const Image& shown, const uint8_t* from,
+                                 const int32_t* params, uint8_t* to) {
   const int64_t column = params[kColumn];
   const int64_t first = std::clamp<int64_t>(-column, 0, shown.width);
   const int64_t end = std::clamp<int64_t>(image.width - column, first, shown.width);
@@ -136,13 +144,22 @@ void run(const Call& call, int64_t begin, int64_t end, const out_t* lut, out_t* 
   for (int64_t b = begin; b < end; ++b) {
     const int32_t* params = call.params + b * kParams;
     const uint8_t* source = call.images + params[kSource] * call.image.bytes();
-    if (params[kTrigger] >= 0) {
-      run_best([&]() FST_FAST_INLINE {
-        source = triggered<kChannels>(call.image, call.tables, params, source,
-                                      call.spans[params[kTrigger]], scratch);
-      });
-    }
-    crop<kChannels>(call.image, call.shown, source, params, cropped.data());
+    run_best([&]() FST_FAST_INLINE {
+      const Mapped* patch = nullptr;
+      if (params[kTrigger] >= 0) {
+        const Mapped& mapped = call.mapped[params[kTrigger]];
+        if (is_patch(call.tables, params, mapped)) {
+          patch = &mapped;
+        } else {
+          source = triggered<kChannels>(call.image, call.tables, params, source, mapped, scratch);
+        }
+      }
+      crop<kChannels>(call.image, call.shown, source, params, cropped.data());
+      if (patch != nullptr) {
+        patch_bytes<kChannels>(call.image, call.shown, call.tables, params, *patch, source,
+                               cropped.data());
+      }
+    });
     out_t* to = out + b * elements;
     if constexpr (std::is_same_v<out_t, float>) {
       // Without a fused multiply-add in hardware it would be a function call.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../inject.h"
@@ -98,9 +99,14 @@ struct Span {
   int64_t first, end;
 };
 
-// For each row; empty if the pattern names a map that is not there.
-inline std::vector<Span> mapped_spans(const Image& image, const int16_t* pattern,
-                                      const uint8_t* maps, int64_t map_count) {
+struct Mapped {
+  std::vector<Span> spans;      // for each row; none if the pattern names a map that is not there
+  bool few = false;             // bytes, of the whole image
+  int64_t top = 0, bottom = 0;  // rows that have any
+};
+
+inline Mapped find_mapped(const Image& image, const int16_t* pattern, const uint8_t* maps,
+                          int64_t map_count) {
   std::vector<uint8_t> changes(map_count);
   for (int64_t level = 0; level < map_count; ++level) {
     for (int x = 0; x < kLevels && !changes[level]; ++x) {
@@ -116,7 +122,17 @@ inline std::vector<Span> mapped_spans(const Image& image, const int16_t* pattern
       if (changes[level]) spans[h] = {std::min(spans[h].first, i), i + 1};
     }
   }
-  return spans;
+  Mapped found;
+  int64_t total = 0;
+  for (int h = image.height - 1; h >= 0; --h) {
+    if (spans[h].end == 0) continue;
+    total += spans[h].end - spans[h].first;
+    found.bottom = std::max<int64_t>(found.bottom, h + 1);
+    found.top = h;
+  }
+  found.few = total <= image.bytes() / 8;
+  found.spans = std::move(spans);
+  return found;
 }
 
 FST_FAST_INLINE inline void map_bytes(const Image& image, const std::vector<Span>& spans,
@@ -155,7 +171,7 @@ FST_FAST_INLINE inline void restore_tiles(const Image& image, int32_t tiles, con
 template <int kChannels>
 FST_FAST_INLINE inline const uint8_t* triggered(const Image& image, const Tables& tables,
                                                 const int32_t* params, const uint8_t* stored,
-                                                const std::vector<Span>& spans, Scratch& scratch) {
+                                                const Mapped& mapped, Scratch& scratch) {
   const int32_t* row = tables.table + static_cast<int64_t>(params[kTrigger]) * kFields;
   const int32_t flags = row[kFlags];
   const int64_t pixels = image.pixels(), bytes = image.bytes();
@@ -181,7 +197,7 @@ FST_FAST_INLINE inline const uint8_t* triggered(const Image& image, const Tables
     now = changed;
   }
   if (flags & kMapped) {
-    map_bytes(image, spans, tables.patterns + row[kPattern] * bytes,
+    map_bytes(image, mapped.spans, tables.patterns + row[kPattern] * bytes,
               tables.maps + row[kMap] * kLevels, now, changed);
     now = changed;
   }
@@ -190,6 +206,36 @@ FST_FAST_INLINE inline const uint8_t* triggered(const Image& image, const Tables
   if (now != changed) std::memcpy(changed, now, bytes);
   restore_tiles(image, params[kTiles], stored, changed);
   return changed;
+}
+
+// Whether a sample's trigger is no more than a few bytes changed: then the image is not copied for
+// it.
+inline bool is_patch(const Tables& tables, const int32_t* params, const Mapped& mapped) {
+  const int32_t flags = tables.table[static_cast<int64_t>(params[kTrigger]) * kFields + kFlags];
+  return flags == kMapped && mapped.few && (params[kTiles] & 0xffff) == 0;
+}
+
+// Puts the changed bytes into the image when it has been cropped and mirrored.
+template <int kChannels>
+FST_FAST_INLINE inline void patch_bytes(const Image& image, const Image& shown,
+                                        const Tables& tables, const int32_t* params,
+                                        const Mapped& mapped, const uint8_t* from, uint8_t* to) {
+  const int32_t* row = tables.table + static_cast<int64_t>(params[kTrigger]) * kFields;
+  const int16_t* pattern = tables.patterns + row[kPattern] * image.bytes();
+  const uint8_t* maps = tables.maps + row[kMap] * kLevels;
+  const int64_t line = static_cast<int64_t>(image.width) * kChannels;
+  for (int64_t h = mapped.top; h < mapped.bottom; ++h) {
+    const int64_t y = h - params[kRow];
+    if (y < 0 || y >= shown.height) continue;
+    for (int64_t i = mapped.spans[h].first; i < mapped.spans[h].end; ++i) {
+      int64_t x = i / kChannels - params[kColumn];
+      if (x < 0 || x >= shown.width) continue;
+      if (params[kFlip] > 0) x = shown.width - 1 - x;
+      const int64_t place = h * line + i;
+      to[(y * shown.width + x) * kChannels + i % kChannels] =
+          maps[pattern[place] * kLevels + from[place]];
+    }
+  }
 }
 
 }  // namespace fst_fast::inject
