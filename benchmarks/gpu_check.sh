@@ -30,5 +30,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer: not installed, left out"
 fi
-part bench 420 "$python" -m fst_fast.bench head --device cuda --record "$out"
+for suite in head inject loop evaluate; do
+  part "bench-$suite" 420 "$python" -m fst_fast.bench "$suite" --device cuda --record "$out"
+done
 exit $failed

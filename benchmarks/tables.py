@@ -88,6 +88,24 @@ def inject_row(case):
     return [*start, cell(ours), *ratios, f"{ours['gb_per_s']:.1f}", share]
 
 
+def loop():
+    return bench_tables("loop", "loop", LOOP_HEADER, loop_row)
+
+
+def evaluation():
+    return bench_tables("evaluate", "evaluate", LOOP_HEADER, loop_row)
+
+
+def loop_row(case):
+    """The ladder in one row: every rung's time, and how many times as fast as plain."""
+    width, images, epochs = case["shape"]
+    rungs = [
+        f"{row['variant']} {microseconds(row['p50_us'])} ({row['speedup_over_plain']:.2f})"
+        for row in case["variants"]
+    ]
+    return [f"width {width}, {images} images, {epochs} epochs", case["threads"], ", ".join(rungs)]
+
+
 def head():
     """head_deviation_loss, forward and backward."""
     return bench_tables("head", "head_deviation_loss", BENCH_HEADER, bench_row)
@@ -179,6 +197,7 @@ INJECT_HEADER = [
     *("trigger", "batch", "dtype", "threads", "PIL", "torch", "best rival", "ours"),
     *("x PIL", "x torch", "GB/s", "of a copy's"),
 ]
+LOOP_HEADER = ["case", "threads", "rung, time (x plain)"]
 VERDICTS = ("right", "refused", "wrong")
 TABLES = {
     "efficacy": efficacy,

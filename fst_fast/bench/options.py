@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -11,20 +12,26 @@ from typing import Any
 
 import torch
 
-from . import cases, head, inject, inject_cases, inject_peers, peers, records, suite, table
+from . import cases, head, inject, inject_cases, inject_peers, loop, peers, records, suite, table
 
-SUITES = {"head": head, "inject": inject}
+SUITES: dict[str, Callable[..., dict[str, Any]]] = {
+    "head": head.run,
+    "inject": inject.run,
+    "loop": functools.partial(loop.run, "loop"),
+    "evaluate": functools.partial(loop.run, "evaluate"),
+}
+ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments of ``bench`` to ``parser``."""
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=(*SUITES, ALL))
     parser.add_argument(
         "--shapes",
         nargs="+",
         metavar="B,D,K",
         type=_shape,
-        help="instead of the suite's own; of inject B,H,W",
+        help="instead of the suite's own; of inject B,H,W; of loop, evaluate width,images,epochs",
     )
     parser.add_argument(
         "--families",
@@ -56,19 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the suite; 1 where a variant of ours was refused."""
-    settings = make_settings(options)
+    """Run the suite, or all of them; 1 where a variant of ours was refused."""
+    everything = options.suite == ALL
+    names = list(SUITES) if everything else [options.suite]
+    # What is wrong with any suite's arguments is said before the first one starts.
+    plans = {name: make_settings(options, name) for name in names}
     if options.record is not None:
         options.record.mkdir(parents=True, exist_ok=True)
-    record = SUITES[options.suite].run(settings, say=_say)
+    found = [_run_one(name, settings, options) for name, settings in plans.items()]
     if options.json:
-        print(json.dumps(record, allow_nan=False, indent=2))
-    else:
-        table.show(record)
-    if options.record is not None:
-        _say(f"wrote {records.write(record, options.record)}")
+        print(json.dumps(found if everything else found[0], allow_nan=False, indent=2))
     refused = [
         f"{row['variant']} at {table.name(case)} {case['shape']} {case['dtype']}: {row['reason']}"
+        for record in found
         for case in record["cases"]
         for row in case["refused"]
         if row["ours"]
@@ -78,7 +85,16 @@ def run(options: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
-def make_settings(options: argparse.Namespace) -> suite.Settings:
+def _run_one(name: str, settings: suite.Settings, options: argparse.Namespace) -> dict[str, Any]:
+    record = SUITES[name](settings, say=_say)
+    if not options.json:
+        table.show(record)
+    if options.record is not None:
+        _say(f"wrote {records.write(record, options.record)}")
+    return record
+
+
+def make_settings(options: argparse.Namespace, name: str) -> suite.Settings:
     """Check what argparse cannot.
 
     Raises:
@@ -88,10 +104,10 @@ def make_settings(options: argparse.Namespace) -> suite.Settings:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda needs a GPU, torch finds none; use --device cpu")
-    known = (inject_peers if options.suite == "inject" else peers).known()
-    for name in options.variants or ():
-        if name not in known:
-            raise ValueError(f"--variants must be among {', '.join(known)}, got {name!r}")
+    known = _known(name, torch.device(device))
+    for variant in options.variants or ():
+        if variant not in known:
+            raise ValueError(f"--variants must be among {', '.join(known)}, got {variant!r}")
     threads = options.threads or [torch.get_num_threads()]
     if min(threads) < 1:
         raise ValueError(f"--threads must be at least 1, got {min(threads)}")
@@ -102,7 +118,7 @@ def make_settings(options: argparse.Namespace) -> suite.Settings:
         raise ValueError(f"--seconds must be more than 0, got {seconds}")
     return suite.Settings(
         device=torch.device(device),
-        cases=_cases(options),
+        cases=_cases(options, name, torch.device(device)),
         threads=threads,
         variants=options.variants,
         seconds=seconds,
@@ -110,14 +126,21 @@ def make_settings(options: argparse.Namespace) -> suite.Settings:
     )
 
 
-def _cases(options: argparse.Namespace) -> Sequence[Any]:
-    if options.suite == "inject":
-        return inject_cases.select(
-            options.families, options.shapes, options.dtype, quick=options.quick
-        )
-    if options.families is not None:
-        raise ValueError("--families must be left out of the suite head; it belongs to inject")
-    return cases.select(options.shapes, options.dtype, options.quick)
+def _known(name: str, device: torch.device) -> list[str]:
+    if name in loop.RUNGS:
+        return [rung.name for rung in loop.RUNGS[name](device)]
+    return (inject_peers if name == "inject" else peers).known()
+
+
+def _cases(options: argparse.Namespace, name: str, device: torch.device) -> Sequence[Any]:
+    shapes, quick = options.shapes, options.quick
+    if name == "inject":
+        return inject_cases.select(options.families, shapes, options.dtype, quick)
+    if options.families is not None and options.suite != ALL:
+        raise ValueError(f"--families must be left out of the suite {name}; it belongs to inject")
+    if name in loop.RUNGS:
+        return loop.select(name, shapes, quick, device)
+    return cases.select(shapes, options.dtype, quick)
 
 
 def _say(text: str) -> None:

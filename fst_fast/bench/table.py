@@ -23,6 +23,7 @@ INJECT_COLUMNS = (
     *("case", "variant", "p20", "p50", "p80", "x PIL", "x torch"),
     *("GB/s", "of copy's", "same as the reference"),
 )
+LOOP_COLUMNS = ("case", "variant", "p20", "p50", "p80", "x plain", "by round")
 PLAIN_WIDTH = 180
 # Below that of float32 a ratio of errors says nothing.
 ROUNDING = 6e-8
@@ -112,6 +113,19 @@ def _inject_rows(case: dict[str, Any]) -> list[list[str]]:
     return rows + _refused(case, len(INJECT_COLUMNS))
 
 
+def _loop_rows(case: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        [
+            row["variant"],
+            *(time(row[f"{p}_us"]) for p in ("p20", "p50", "p80")),
+            f"{row['speedup_over_plain']:.2f}",
+            " - ".join(f"{ratio:.2f}" for ratio in row["speedup_range_plain"]),
+        ]
+        for row in case["variants"]
+    ]
+    return rows + _refused(case, len(LOOP_COLUMNS))
+
+
 def _refused(case: dict[str, Any], columns: int) -> list[list[str]]:
     return [
         [f"{row['variant']} refused: {row['reason']}", *[""] * (columns - 2)]
@@ -143,4 +157,9 @@ def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-_SUITES = {"head": (HEAD_COLUMNS, _head_rows), "inject": (INJECT_COLUMNS, _inject_rows)}
+_SUITES = {
+    "head": (HEAD_COLUMNS, _head_rows),
+    "inject": (INJECT_COLUMNS, _inject_rows),
+    "loop": (LOOP_COLUMNS, _loop_rows),
+    "evaluate": (LOOP_COLUMNS, _loop_rows),
+}
