@@ -31,6 +31,7 @@ CUDA_SOURCES = [
     "csrc/cuda/head_deviation_loss.cu",
     "csrc/cuda/head_deviation_many.cu",
     "csrc/cuda/head_step.cu",
+    "csrc/cuda/inject.cu",
     "csrc/cuda/rescale.cu",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))

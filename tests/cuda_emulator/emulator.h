@@ -14,6 +14,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -280,7 +281,28 @@ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 #define __shfl_sync(mask, value, source) emulator::shuffle(mask, value, (source), __LINE__)
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+template <typename value_t>
+value_t __ldg(const value_t* pointer) {
+  return *pointer;
+}
+inline std::uint32_t __funnelshift_r(std::uint32_t low, std::uint32_t high, unsigned shift) {
+  return static_cast<std::uint32_t>((std::uint64_t{high} << 32 | low) >> (shift & 31));
+}
+// Selectors of four bits; without the one that repeats a sign.
+inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, unsigned selector) {
+  const std::uint64_t bytes = std::uint64_t{high} << 32 | low;
+  std::uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned chosen = selector >> (4 * i) & 7;
+    out |= static_cast<std::uint32_t>(bytes >> (8 * chosen) & 0xff) << (8 * i);
+  }
+  return out;
+}
 using std::exp;
 using std::log;
+using std::max;
+using std::min;
 using std::sqrt;

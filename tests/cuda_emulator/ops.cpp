@@ -15,6 +15,7 @@
 #include "../../csrc/cuda/head_deviation_loss.cu"
 #include "../../csrc/cuda/head_deviation_many.cu"
 #include "../../csrc/cuda/head_step.cu"
+#include "../../csrc/cuda/inject.cu"
 #include "../../csrc/cuda/rescale.cu"
 #include "../../csrc/schemas.h"
 #include "broken.h"

@@ -1,0 +1,78 @@
+#pragma once
+
+#include "inject_trigger.cuh"
+
+// Image rows and the table of input values, from global to shared memory.
+namespace fst_fast::inject::device {
+
+// 16 bytes that begin at an address; those outside [least, end) are 0 and not read.
+__device__ inline Pack<uint8_t, 16> load_word(uintptr_t address, uintptr_t least, uintptr_t end) {
+  if (address >= least && address + 16 <= end) {
+    return *reinterpret_cast<const Pack<uint8_t, 16>*>(address);
+  }
+  Pack<uint8_t, 16> word{};
+  for (int i = 0; i < 16; ++i) {
+    if (address + i < least || address + i >= end) continue;
+    word.at[i] = *reinterpret_cast<const uint8_t*>(address + i);
+  }
+  return word;
+}
+
+// Copies count bytes in whole words, aligned as they are, so up to 15 bytes before and behind come
+// along. Returns where the first one is. whole, whole_bytes: the tensor, beyond which nothing is
+// read.
+__device__ inline unsigned char* stage(const uint8_t* from, int count, const uint8_t* whole,
+                                       int64_t whole_bytes, unsigned char* to) {
+  constexpr int kAtOnce = 4;
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  const auto least = reinterpret_cast<uintptr_t>(whole), end = least + whole_bytes;
+  const int skip = static_cast<int>(address % 16);
+  const int words = count == 0 ? 0 : (skip + count + 15) / 16;
+  for (int i = threadIdx.x; i < words; i += kAtOnce * kThreads) {
+    Pack<uint8_t, 16> word[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = i + j * kThreads;
+      if (at < words) word[j] = load_word(address - skip + at * 16, least, end);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = i + j * kThreads;
+      if (at < words) store_pack(to + at * 16, word[j]);
+    }
+  }
+  return to + skip;
+}
+
+template <int kChannels, typename out_t>
+__device__ void stage_lut(const out_t* lut, out_t* to) {
+  constexpr int kVector = 16 / sizeof(out_t);
+  for (int i = threadIdx.x * kVector; i < kChannels * kLevels; i += kThreads * kVector) {
+    store_pack(to + i, load_pack<kVector>(lut + i));
+  }
+}
+
+// Rows [top, bottom) of a sample's image, triggered, in shared memory from the returned pointer on,
+// once the block has met at a barrier. to: 16-byte aligned, with room for 15 bytes more.
+template <int kChannels, typename out_t>
+__device__ unsigned char* stage_rows(const Problem<out_t>& a, const Sample& sample,
+                                     const Trigger& trigger, int top, int bottom,
+                                     unsigned char* to) {
+  const int line = a.width * kChannels;
+  const int64_t bytes = static_cast<int64_t>(a.height) * line;
+  const bool looks = trigger.flags & kLookup;
+  const uint8_t* stored = a.images + sample.source * bytes;
+  const uint8_t* image = looks ? a.tables.lookup + sample.key * bytes : stored;
+  const int count = max(bottom - top, 0) * line;
+  if (trigger.flags == 0 || in_place(trigger, sample)) {
+    const uint8_t* whole = looks ? a.tables.lookup : a.images;
+    const int64_t images = looks ? a.tables.lookup_count : a.image_count;
+    to = stage(image + top * line, count, whole, images * bytes, to);
+    if ((trigger.flags & ~kLookup) == 0) return to;
+    __syncthreads();
+  }
+  trigger_rows<kChannels>(a, sample, trigger, stored, image, top, bottom, to);
+  return to;
+}
+
+}  // namespace fst_fast::inject::device
