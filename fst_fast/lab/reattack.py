@@ -1,0 +1,261 @@
+"""Attacks on purified models (Min et al., arXiv 2410.09838): does the backdoor come back?
+
+Success after these says how deep a purification went: a low attack success alone may be a door
+that is closed and not gone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import DeviceLoader
+from ..heads import logits_of
+from ..inputs import autocast, resolve_device, resolve_precision
+from ..pixels import Normalization, normalize_bytes, normalize_table
+from ..state import evaluating, seeded
+from ..triggers import Trigger
+from .datasets import ImageSet
+
+# Of the attack by queries: greatest change of a pixel in units of 0..1, and the weight of the
+# divergence.
+BOUND = 16 / 255
+DIVERGENCE = 0.2
+
+
+def retune(
+    model: nn.Module,
+    clean: ImageSet,
+    trigger: Trigger,
+    target: int = 0,
+    *,
+    normalize: Normalization | None,
+    poisoned: int = 5,
+    epochs: int = 5,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    batch_size: int = 128,
+    seed: int = 42,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+) -> nn.Module:
+    """The retuning attack (RA): fine-tune on clean images of which a few carry the trigger.
+
+    Args:
+        model: a purified model; left as it is.
+        clean: what the attacker tunes on; the paper takes 2 % of the training set.
+        trigger, target: the backdoor to be woken.
+        normalize: (mean, std) that the model was trained with.
+        poisoned: images that get the trigger and the target as their label, of other classes.
+        epochs, lr, momentum, batch_size: of SGD at a constant rate; the defaults are the paper's.
+        seed: of the choice and the batches.
+    Returns:
+        The tuned copy, in eval mode.
+    Raises:
+        ValueError: fewer images of other classes than ``poisoned``.
+    """
+    others = int((clean.labels != target).sum())
+    if not 1 <= poisoned <= others:
+        raise ValueError(
+            f"retune: poisoned must be in 1..{others}, the clean images of other classes than "
+            f"{target}, got {poisoned}; the paper's is 5"
+        )
+    place = resolve_device(device, model)
+    kind = resolve_precision(precision, place)
+    tuned = copy.deepcopy(model).to(place).requires_grad_(True).train()
+    mask = torch.zeros(len(clean), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    candidates = (clean.labels != target).nonzero().flatten()
+    mask[candidates[torch.randperm(len(candidates), generator=generator)[:poisoned]]] = True
+    loader = DeviceLoader(
+        clean.images,
+        clean.labels,
+        batch_size,
+        device=place,
+        seed=seed,
+        augment="cifar",
+        normalize=normalize,
+        trigger=trigger,
+        poisoned=mask,
+        target=target,
+    )
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=lr, momentum=momentum)
+    with seeded(seed, place):
+        for _ in range(epochs):
+            for images, labels in loader:
+                with autocast(place, kind):
+                    logits = logits_of(tuned(images)).flatten(1)
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+    tuned.zero_grad(set_to_none=True)
+    return tuned.eval()
+
+
+@dataclass(frozen=True)
+class Reactivation:
+    """What :func:`reactivate` found.
+
+    Attributes:
+        success: share of test images of other classes that the purified model, shown them with the
+            trigger and the perturbation, takes for the target.
+        clean_success: the same with the perturbation alone.
+        transfer: share of clean test images that the clean model still gets right when perturbed.
+        perturb: the network that makes the perturbation, [B, C, H, W] in 0..1 to the same.
+    """
+
+    success: float
+    clean_success: float
+    transfer: float
+    perturb: nn.Module
+
+
+class Perturbation(nn.Module):
+    """The four-layer perceptron of the attack: ``x + 16/255 * tanh(MLP(x))``, clipped to 0..1."""
+
+    def __init__(self, elements: int, width: int = 1024) -> None:
+        super().__init__()
+        sizes = [elements, width, width, width, elements]
+        layers: list[nn.Module] = []
+        for inside, outside in itertools.pairwise(sizes):
+            layers += [nn.Linear(inside, outside), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.layers(x.flatten(1)).tanh().view_as(x)
+        return (x + BOUND * change).clamp(0, 1)
+
+
+def reactivate(
+    purified: nn.Module,
+    retuned: nn.Module,
+    clean_model: nn.Module,
+    known: ImageSet,
+    test: ImageSet,
+    trigger: Trigger,
+    target: int = 0,
+    *,
+    normalize: Normalization | None,
+    images: int = 500,
+    epochs: int = 50,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> Reactivation:
+    """The query-based reactivation attack (QRA): learn a perturbation that wakes the backdoor.
+
+    Minimises ``CE(clean_model(p(x)), y) + 0.2 * KL(retuned(x) || purified(p(x)))`` over the
+    perturbation p, on images with and without the trigger, y being their true label: the purified
+    model must answer as the retuned one does, while to a model without a backdoor nothing changes.
+
+    Args:
+        purified: the model under attack.
+        retuned: what :func:`retune` made of it.
+        clean_model: one that was never backdoored, for the same task.
+        known: images the attacker has; ``images`` of them as they are and as many with the trigger.
+        test: images that the success is measured on.
+        normalize: (mean, std) that all three models were trained with.
+        images, epochs, lr, momentum, batch_size: the defaults are the paper's.
+        seed: of the perturbation's weights, the choice and the batches.
+        on_epoch: called after each epoch with its number (from 1) and mean loss.
+    Raises:
+        ValueError: fewer images than asked for, or no test image of another class.
+    """
+    if not 1 <= images <= len(known):
+        raise ValueError(
+            f"reactivate: images must be in 1..{len(known)}, as many as known holds, got {images}; "
+            "the paper's is 500"
+        )
+    others = test.labels != target
+    if not bool(others.any()):
+        raise ValueError(
+            f"reactivate: test must hold images of other classes than {target}, got none; "
+            "check the label mapping"
+        )
+    place = resolve_device(device, purified)
+    models = (purified, retuned, clean_model)
+    network = _Networks(*models, place, normalize, known.images.shape[-1])
+    with ExitStack() as stack:
+        stack.enter_context(seeded(seed, place))
+        for model in models:
+            stack.enter_context(evaluating(model, place))
+        chosen = known.subset(torch.randperm(len(known))[:images])
+        inputs = torch.cat([chosen.images, trigger.apply(chosen.images)])
+        labels = chosen.labels.repeat(2)
+        perturb = Perturbation(inputs[0].numel()).to(place)
+        optimizer = torch.optim.SGD(perturb.parameters(), lr=lr, momentum=momentum)
+        loader = DeviceLoader(inputs, labels, batch_size, device=place, seed=seed)
+        for epoch in range(epochs):
+            total = torch.zeros((), device=place)
+            for x, y in loader:
+                loss = network.loss(perturb, x, y)
+                optimizer.zero_grad(set_to_none=True)
+                # Not for the three models' own parameters.
+                loss.backward(inputs=list(perturb.parameters()))
+                optimizer.step()
+                total += loss.detach() * len(x)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, (total / len(inputs)).item())
+        perturb.eval().requires_grad_(False)
+        shown = test.subset(others)
+        triggered = network.answers(purified, perturb, trigger.apply(shown.images))
+        plain = network.answers(purified, perturb, shown.images)
+        unharmed = network.answers(clean_model, perturb, test.images)
+    return Reactivation(
+        success=(triggered == target).float().mean().item(),
+        clean_success=(plain == target).float().mean().item(),
+        transfer=(unharmed == test.labels).float().mean().item(),
+        perturb=perturb.cpu(),
+    )
+
+
+class _Networks:
+    """The three fixed models, on the device and in eval mode, shown pixels in 0..1."""
+
+    def __init__(
+        self,
+        purified: nn.Module,
+        retuned: nn.Module,
+        clean_model: nn.Module,
+        device: torch.device,
+        normalize: Normalization | None,
+        channels: int,
+    ) -> None:
+        self.purified, self.retuned, self.clean = purified, retuned, clean_model
+        self.device = device
+        # Normalising is affine: what 0 and 255 become says it all.
+        table = normalize_table(channels, normalize)
+        self.shift = table[:, :1, None].to(device)  # [C, 1, 1]
+        self.scale = table[:, 255:, None].to(device) - self.shift
+
+    def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return logits_of(model(pixels * self.scale + self.shift)).flatten(1)
+
+    def loss(self, perturb: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+        changed = perturb(pixels)
+        with torch.no_grad():
+            wanted = self.logits(self.retuned, pixels).log_softmax(1)
+        got = self.logits(self.purified, changed).log_softmax(1)
+        divergence = F.kl_div(got, wanted, reduction="batchmean", log_target=True)
+        unharmed = F.cross_entropy(self.logits(self.clean, changed), labels)
+        return unharmed + DIVERGENCE * divergence
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, perturb: nn.Module, images: Tensor) -> Tensor:
+        """Predicted classes of perturbed stored images, [N] int64 on the CPU."""
+        parts = [
+            self.logits(model, perturb(normalize_bytes(part.to(self.device), None))).argmax(1)
+            for part in images.split(500)
+        ]
+        return torch.cat(parts).cpu()
