@@ -17,7 +17,8 @@ ALLOWED = {
     "reference": (),
     "backends": ("reference", "kernels", "_C"),
     "ops": ("backends",),
-    "triggers": ("ops", "reference"),
+    # state and pixels: for the trigger that networks make.
+    "triggers": ("ops", "reference", "pixels", "state"),
     "poisoning": ("triggers",),
     "_uploads": (),
     "host_loader": (),

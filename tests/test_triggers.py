@@ -14,7 +14,7 @@ from fst_fast.triggers import BadNets, Blended, Trigger
 CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
 
 
-NEEDS_MORE = ("siba",)
+NEEDS_MORE = ("siba", "input-aware", "ssba", "poison-ink")
 NEEDS_COLOUR = ("ctrl", "ftrojan")
 
 

@@ -5,8 +5,11 @@ from .additive import SIBA, SIG, LabelConsistent, LowFrequency, TrojanNN
 from .affine import BadNets, Blended
 from .base import Chroma, Elementwise, Gather, Trigger, Warp, WarpField
 from .frequency import CTRL, FTrojan
+from .generated import InputAware
 from .lower import looked_up, lower
 from .quantise import BppAttack, BppAttackDithered
+from .reflection import Refool
+from .stored import SSBA, PoisonInk, Stored
 from .warp import BattRotation, BattTranslation, WaNet
 
 ZOO: dict[str, type[Trigger]] = {
@@ -26,6 +29,10 @@ ZOO: dict[str, type[Trigger]] = {
     "wanet": WaNet,
     "batt-rotation": BattRotation,
     "batt-translation": BattTranslation,
+    "refool": Refool,
+    "input-aware": InputAware,
+    "ssba": SSBA,
+    "poison-ink": PoisonInk,
 }
 
 
@@ -47,6 +54,7 @@ __all__ = [
     "CTRL",
     "SIBA",
     "SIG",
+    "SSBA",
     "ZOO",
     "AdaptiveBlend",
     "AdaptivePatch",
@@ -60,8 +68,12 @@ __all__ = [
     "Elementwise",
     "FTrojan",
     "Gather",
+    "InputAware",
     "LabelConsistent",
     "LowFrequency",
+    "PoisonInk",
+    "Refool",
+    "Stored",
     "Trigger",
     "TrojanNN",
     "WaNet",
