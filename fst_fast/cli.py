@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | bench | info``."""
+"""The command line: ``fst-fast demo | purify | evaluate | triggers | bench | info``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import backends, checkpoint, methods, triggers
+from . import _cli_triggers, backends, checkpoint, methods, triggers
 from .bench import options as bench
 from .data import DeviceLoader
 from .evaluate import evaluate
@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--target", type=int, default=0, help="the attacker's class")
     measure.add_argument("--json", action="store_true")
     measure.set_defaults(run=_evaluate)
+
+    zoo = commands.add_parser("triggers", help="the attacks' triggers, as a table or a picture")
+    _cli_triggers.add_arguments(zoo)
+    zoo.set_defaults(run=_cli_triggers.run)
 
     measured = commands.add_parser("bench", help="time the ops here, each result checked first")
     bench.add_arguments(measured)

@@ -56,6 +56,7 @@ ALLOWED = {
     "lab": ANYTHING,
     "report": (),
     "bench": ANYTHING,
+    "_cli_triggers": ANYTHING,
     "cli": ANYTHING,
     "__main__": ANYTHING,
 }

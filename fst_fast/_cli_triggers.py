@@ -1,0 +1,72 @@
+"""The command ``fst-fast triggers``: the zoo as a table, or as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import triggers
+from .lab import gallery
+
+PLAIN_WIDTH = 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments to ``parser``."""
+    parser.add_argument("--out", type=Path, help="FILE.png: draw each trigger and what it changes")
+    parser.add_argument("--image", type=Path, help="draw them on this image")
+    parser.add_argument("--size", type=int, default=gallery.SIDE, help="of the image, in pixels")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="the table, for machines")
+
+
+def run(options: argparse.Namespace) -> int:
+    """List the zoo or, with --out, draw it."""
+    if not 16 <= options.size <= 1024:
+        raise ValueError(f"--size must be in 16..1024, got {options.size}; try 32, 64 or 224")
+    if options.out is not None and options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {options.out}")
+    if options.image is None:
+        image = gallery.landscape(options.size)
+    else:
+        image = gallery.read_image(options.image, options.size)
+    found = gallery.examples(options.only, image)
+    if options.out is not None:
+        gallery.save(options.out, gallery.draw(found, image))
+        print(f"wrote {options.out}")
+        return 0
+    rows = [_row(example.name) for example in found]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table("name", "what it is", "in inject", "settings")
+    for row in rows:
+        settings = [f"{name}={value}" for name, value in row["settings"].items()]
+        settings += [f"{name} (must be given)" for name in row["needs"]]
+        table.add_row(row["name"], row["summary"], row["family"], ", ".join(settings))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH, color_system=None)
+    console.print(table, highlight=False)
+    return 0
+
+
+def _row(name: str) -> dict[str, Any]:
+    kind = triggers.ZOO[name]
+    needed = gallery.needs(kind)
+    summary = (inspect.getdoc(kind) or "").partition("\n")[0]
+    settings = {} if needed else kind().describe()
+    settings.pop("name", None)
+    return {
+        "name": name,
+        "summary": summary,
+        "family": gallery.family(kind),
+        "settings": settings,
+        "needs": needed,
+    }
