@@ -57,6 +57,21 @@ def describe(row):
     return f"{row['method']}{alpha}, {row['epochs']} epochs"
 
 
+def attacks():
+    """Accuracy and attack success of the models that benchmarks/attacks.py trained."""
+    rows = [
+        [
+            row["trigger"]["name"],
+            f"{row['rate']:.1%}",
+            percent(row["clean_accuracy"]),
+            percent(row["attack_success"]),
+        ]
+        for record in newest("*/*-attacks.json")
+        for row in record["rows"]
+    ]
+    return table(["attack", "poisoned", "clean accuracy", "attack success"], rows)
+
+
 def heads():
     (record,) = newest("heads/*.json")[-1:]
     verdicts = record["verdicts"]
