@@ -2,139 +2,200 @@
 
 python benchmarks/efficacy.py --data FOLDER    (with train.npz and test.npz; see fst_fast.lab.npz)
 
-A trained suspect model is kept in --suspects and taken from there the next time.
+A trained suspect is kept in --suspects and taken from there the next time. The record is written
+after every suspect; started again on the same day, the script goes on with it.
 """
 
 import argparse
 import datetime
 import json
-import subprocess
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from fst_fast import Augment, DeviceLoader, checkpoint, evaluate, methods, purify, triggers
+from fst_fast.bench import machine, records
+from fst_fast.files import dump_json, strict_json
 from fst_fast.lab import datasets, models
-from fst_fast.lab.suspect import Attack, train_suspect
-from fst_fast.lab.train import TrainSettings
+from fst_fast.lab.gallery import save
+from fst_fast.lab.poison import poison
+from fst_fast.lab.reattack import retune
+from fst_fast.lab.train import TrainSettings, train
 
 ROOT = Path(__file__).parents[1]
 NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-TRIGGERS = {"badnets": triggers.BadNets(margin=2), "blended": triggers.Blended(alpha=0.2)}
-WIDTH = 16
-SETTINGS = TrainSettings(epochs=10, lr=0.1, precision="bf16")
-AUGMENT = Augment(pad=2)
-CLEAN_IMAGES = 1000
+WIDTH, TARGET, SEED = 16, 0, 0
+AUGMENTED = (TrainSettings(epochs=10, lr=0.1, precision="bf16"), Augment(pad=2))
+# BATT's own recipe has no augmentation.
+PLAIN = (TrainSettings(epochs=15, lr=0.1, precision="bf16"), None)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """How a model was backdoored; ``developed``: alpha="auto" was worked out on it."""
+
+    trigger: Callable[[], triggers.Trigger] | None
+    rate: float = 0.0
+    training: tuple[TrainSettings, Augment | None] = AUGMENTED
+    developed: bool = False
+
+
+SUSPECTS = {
+    "badnets 1%": Suspect(lambda: triggers.BadNets(margin=2), 0.01, developed=True),
+    "blended 1%": Suspect(lambda: triggers.Blended(alpha=0.2), 0.01, developed=True),
+    "blended 5%": Suspect(lambda: triggers.Blended(alpha=0.2), 0.05),
+    "siba 5%": Suspect(lambda: siba(), 0.05, PLAIN),
+    "batt 1%": Suspect(triggers.BattRotation, 0.01, PLAIN),
+    "batt 5%": Suspect(triggers.BattRotation, 0.05, PLAIN),
+    "clean": Suspect(None),
+}
 # (method, its settings, epochs)
 RUNS = [
     ("ft", {}, 10),
     ("ft_init", {}, 10),
     ("fst", {"alpha": 0.1}, 10),
     ("fst", {"alpha": 0.2}, 10),
-    ("fst", {"alpha": 0.1}, 40),
-    ("fst", {"alpha": 0.2}, 40),
+    ("fst_auto", {}, 10),
 ]
+
+
+def siba():
+    """The pattern that benchmarks/attacks.py found."""
+    path = sorted((ROOT / "benchmarks" / "results").glob("*/*-attacks.json"))[-1]
+    pattern = torch.zeros(32, 32, 3, dtype=torch.int16)
+    for line in json.loads(path.read_text())["siba"]["pattern"]:
+        row, column, *change = map(int, line.split())
+        pattern[row, column] = torch.tensor(change, dtype=torch.int16)
+    return triggers.SIBA(pattern)
 
 
 def build():
     return models.resnet18(num_classes=10, width=WIDTH)
 
 
-def suspect(name, rate, data, folder):
-    """The trained model, and the manifest that says how it was made."""
-    path = folder / f"{name}-{rate}.safetensors"
-    if not path.exists():
-        attack = Attack(TRIGGERS[name], rate)
-        model, seconds = train_suspect(
-            build,
-            data,
-            attack,
-            SETTINGS,
-            normalize=NORMALIZE,
-            augment=AUGMENT,
-            on_epoch=lambda epoch, loss, s: print(
-                f"{name}: epoch {epoch} loss {loss:.3f} {s:.0f} s"
-            ),
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        made = {
-            "trigger": attack.trigger.describe(),
-            "rate": rate,
-            "target": attack.target,
-            "training": asdict(SETTINGS),
-            "augment": asdict(AUGMENT),
-            "architecture": f"resnet18 of width {WIDTH}",
-            "seconds": seconds,
-        }
-        checkpoint.save(path, model, made)
-    return checkpoint.load(path, build()), json.loads(path.with_suffix(".json").read_text())
-
-
-def measure(model, test, trigger):
-    loader = DeviceLoader(test.images, test.labels, 500, shuffle=False, normalize=NORMALIZE)
-    return asdict(evaluate(model, loader, trigger))
-
-
-def tune(model, clean, method, settings, epochs):
-    loader = DeviceLoader(clean.images, clean.labels, augment="cifar", normalize=NORMALIZE)
-    chosen = methods.get(method, **settings)
-    result = purify(model, loader, method=chosen, epochs=epochs, progress=False)
-    row = {
-        "method": method,
-        **settings,
-        "epochs": epochs,
-        "seconds": result.seconds,
-        "cosine": result.head_shift.cosine,
-        "stopped": result.stopped,
-        "precision": result.settings["precision"],
+def manifest(how):
+    settings, augment = how.training
+    return {
+        "trigger": how.trigger and how.trigger().describe(),
+        "rate": how.rate,
+        "target": TARGET,
+        "training": asdict(settings),
+        "augment": augment and asdict(augment),
+        "architecture": f"resnet18 of width {WIDTH}",
     }
+
+
+def suspect(name, how, data, folder):
+    """The trained model."""
+    path = folder / f"{name.replace(' ', '-').rstrip('%')}.safetensors"
+    if path.exists():
+        return checkpoint.load(path, build())
+    images, labels = data.images, data.labels
+    if how.trigger is not None:
+        trigger = how.trigger()
+        # BATT turns every image that is not poisoned by some other angle.
+        cover = 1 - how.rate if trigger.covers() else 0.0
+        bad = poison(images, labels, trigger, rate=how.rate, target=TARGET, cover=cover, seed=SEED)
+        images, labels = bad.images, bad.labels
+    settings, augment = how.training
+    loader = DeviceLoader(
+        *(images, labels, 128), seed=SEED, augment=augment, normalize=NORMALIZE, drop_last=True
+    )
+    torch.manual_seed(SEED)
+    model = build()
+    train(model, loader, settings, lambda *told: print(name, *told, flush=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, model, manifest(how))
+    return model
+
+
+def measure(model, test, trigger, options):
+    loader = DeviceLoader(test.images, test.labels, 500, shuffle=False, normalize=NORMALIZE)
+    found = evaluate(model, loader, trigger, TARGET, precision=options.precision)
+    return {"clean_accuracy": found.clean_accuracy, "attack_success": found.attack_success}
+
+
+def tune(model, clean, run, seed, options):
+    method, settings, epochs = run
+    loader = DeviceLoader(
+        clean.images, clean.labels, augment="cifar", normalize=NORMALIZE, seed=seed
+    )
+    result = purify(
+        model,
+        loader,
+        method=methods.get(method, **settings),
+        epochs=epochs,
+        seed=seed,
+        precision=options.precision,
+        progress=False,
+    )
+    row = {"method": method, **settings, "epochs": result.settings["epochs"], "seed": seed}
+    row |= {"seconds": result.seconds, "cosine": result.head_shift.cosine}
     return result.model, row
 
 
-def git(*arguments):
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def rows_of(name, how, train_set, test, options):
+    """Before, and after each method with each seed; after retuning too, with the first."""
+    trigger = None if how.trigger is None else how.trigger()
+    model = suspect(name, how, train_set, options.suspects)
+    rows = [{"method": "before", **measure(model, test, trigger, options)}]
+    clean = train_set.split(options.clean_images, seed=SEED)[0]
+    for run in RUNS:
+        if options.methods is not None and run[0] not in options.methods:
+            continue
+        for seed in range(options.seeds):
+            tuned, row = tune(model, clean, run, seed, options)
+            row |= measure(tuned, test, trigger, options)
+            if trigger is not None and seed == 0:
+                woken = retune(tuned, clean, trigger, TARGET, normalize=NORMALIZE)
+                row["retuned"] = measure(woken, test, trigger, options)
+            rows.append(row)
+            print(name, row, flush=True)
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--suspects", type=Path, default=ROOT / "out" / "suspects")
-    parser.add_argument("--attacks", nargs="+", choices=sorted(TRIGGERS), default=sorted(TRIGGERS))
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--only", nargs="+", choices=SUSPECTS, default=list(SUSPECTS))
+    parser.add_argument("--clean-images", type=int, default=1000)
+    parser.add_argument("--test-images", type=int, help="measure on so many only")
+    parser.add_argument("--methods", nargs="+", choices=methods.available())
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train_set = datasets.npz(options.data / "train.npz")
     test = datasets.npz(options.data / "test.npz")
-    clean = train_set.split(CLEAN_IMAGES, seed=0)[0]
-    for name in options.attacks:
-        model, made = suspect(name, options.rate, train_set, options.suspects)
-        rows = [{"method": "before", **measure(model, test, TRIGGERS[name])}]
-        print(name, rows[0], flush=True)
-        for method, settings, epochs in RUNS:
-            tuned, row = tune(model, clean, method, settings, epochs)
-            rows.append({**row, **measure(tuned, test, TRIGGERS[name])})
-            print(name, rows[-1], flush=True)
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        record = {
-            "date": date,
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-            "versions": checkpoint.versions(),
-            "threads": options.threads,
-            "clean_images": CLEAN_IMAGES,
-            "suspect": {k: v for k, v in made.items() if k not in ("payload", "versions")},
-            "rows": rows,
-        }
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        path = (
-            ROOT / "benchmarks" / "results" / device / f"{date}-efficacy-{name}-{options.rate}.json"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"wrote {path.relative_to(ROOT)}")
+    if options.test_images is not None:
+        test = test.split(options.test_images, seed=SEED)[0]
+    device = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    name = f"{date}-efficacy-{options.clean_images}-images.json"
+    path = records.default_folder() / device["type"] / name
+    record = json.loads(path.read_text()) if path.exists() else {"suspects": {}}
+    record |= {
+        "date": date,
+        **records.sources(),
+        "device": device,
+        "versions": checkpoint.versions(),
+        "threads": options.threads,
+        "precision": options.precision,
+        "clean_images": options.clean_images,
+        "test_images": len(test),
+    }
+    for name in options.only:
+        how = SUSPECTS[name]
+        if name not in record["suspects"]:
+            rows = rows_of(name, how, train_set, test, options)
+            made = {**manifest(how), "developed": how.developed, "rows": rows}
+            record["suspects"][name] = strict_json(made, "suspect")
+            save(path, dump_json(record))
+            print(f"wrote {path.relative_to(ROOT)}", flush=True)
 
 
 if __name__ == "__main__":

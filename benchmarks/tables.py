@@ -29,32 +29,37 @@ def percent(rate):
 
 
 def efficacy():
-    """Clean accuracy / attack success per method, one column per attack."""
-    records = newest("*/*-efficacy-*.json")
-    header = ["method"]
-    columns = []
-    for record in records:
-        suspect = record["suspect"]
-        header.append(
-            f"{suspect['trigger']['name']} {suspect['rate']:.0%}: accuracy / attack success"
-        )
-        columns.append(
-            {
-                describe(
-                    row
-                ): f"{percent(row['clean_accuracy'])} / {percent(row['attack_success'])}"
-                for row in record["rows"]
-            }
-        )
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    return table(header, [[name, *(c.get(name, "") for c in columns)] for name in names])
+    """Clean accuracy / attack success: a row for each suspect, a column for each method."""
+    parts = []
+    for record in newest("*/*-efficacy-*-images.json"):
+        suspects = record["suspects"]
+        names = list(dict.fromkeys(describe(r) for made in suspects.values() for r in made["rows"]))
+        rows = [
+            [name + (" *" if made["developed"] else ""), *(outcome(made["rows"], n) for n in names)]
+            for name, made in suspects.items()
+        ]
+        title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
+        parts.append(f"{title}\n\n{table(['suspect', *names], rows)}")
+    return "\n\n".join(parts)
+
+
+def outcome(rows, name):
+    """Mean over the seeds; in brackets the attack success after retuning."""
+    chosen = [row for row in rows if describe(row) == name]
+    if not chosen:
+        return ""
+    text = percent(sum(row["clean_accuracy"] for row in chosen) / len(chosen))
+    if chosen[0]["attack_success"] is not None:
+        text += f" / {percent(sum(row['attack_success'] for row in chosen) / len(chosen))}"
+    woken = [row["retuned"]["attack_success"] for row in chosen if "retuned" in row]
+    return f"{text} ({percent(woken[0])})" if woken else text
 
 
 def describe(row):
     if row["method"] == "before":
         return "before"
     alpha = f", alpha {row['alpha']}" if "alpha" in row else ""
-    return f"{row['method']}{alpha}, {row['epochs']} epochs"
+    return f"{row['method']}{alpha}"
 
 
 def attacks():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .averaging import WeightAverage, fresh_statistics
 from .features import FeatureTap
 from .guard import Guard
 from .heads import logits_of
@@ -21,6 +19,7 @@ from .inputs import AUTOCAST, Batches, autocast, check_batch
 from .methods import HeadState, Method
 from .ops import head_deviation_loss
 from .progress import EpochRecord, ProgressReport
+from .state import Interrupts
 
 # Heads of so many weights fall out of the caches: one pass fewer over them is a third of a step.
 DEFERRED_FROM = 2**19
@@ -39,28 +38,6 @@ class LoopSettings:
     precision: str
     channels_last: bool
     backend: str | None
-
-
-class Interrupts:
-    """Turns the first Ctrl-C into a request to stop after the step; the second one raises."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._active = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> Interrupts:
-        if self._active:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *error: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGINT, self._previous)
 
 
 class Tuner:
@@ -93,7 +70,10 @@ class Tuner:
             parameter.requires_grad_(wanted)
         self._head_parameters = [p for p in head.parameters() if self._tunes_head]
         self._backbone = backbone if self._tunes_backbone else []
+        # The head alone: in the first epochs of some methods.
+        self._head_only = False
         self._lr = torch.tensor(settings.lr, device=settings.device)
+        self._head_lr = self._lr.clone()
         self._optimizer = self._make_optimizer() if self._backbone else None
         self._guard = Guard(model, settings.device, settings.precision)
         self._recent: deque[Tensor] = deque(maxlen=2)
@@ -121,13 +101,18 @@ class Tuner:
     ) -> None:
         """Tune for all epochs, or until a callback, Ctrl-C or a loss that is not finite."""
         started = time.perf_counter()
+        share = self.method.course.average
+        average = WeightAverage(self.model, share, self.settings.epochs) if share else None
         with Interrupts() as interrupts:
             for epoch in range(self.settings.epochs):
-                lr = self.settings.lr * (1 + math.cos(math.pi * epoch / self.settings.epochs)) / 2
-                self._lr.fill_(lr)
+                lr = self._begin(epoch)
                 totals = self._epoch(batches, epoch, interrupts)
                 if totals is None:
                     return
+                if average is not None and epoch >= average.first:
+                    average.add()
+                    if epoch + 1 == self.settings.epochs:
+                        self._take_average(average, batches, epoch)
                 accuracy = totals[1] if validate is None else validate(self.model)
                 cosine, norm = self.head.shift().tolist()
                 seconds = time.perf_counter() - started
@@ -144,11 +129,36 @@ class Tuner:
                     self.stopped = f"a callback asked to stop after epoch {epoch + 1}"
                     return
 
+    def _begin(self, epoch: int) -> float:
+        """Set the learning rates of an epoch and what is trained in it; returns the former."""
+        course, epochs = self.method.course, self.settings.epochs
+        lr = self.settings.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        self._lr.fill_(lr)
+        self._head_lr.fill_(lr * course.head_lr)
+        head_only = epoch < round(course.head_epochs * epochs)
+        if head_only != self._head_only:
+            self._head_only = head_only
+            for parameter in self._backbone:
+                parameter.requires_grad_(not head_only)
+        return lr
+
+    def _take_average(self, average: WeightAverage, batches: Batches, epoch: int) -> None:
+        """Put the averaged weights in, the head at its norm, and measure batch norm for them."""
+        average.put_in()
+        if self.method.project:
+            with torch.no_grad():
+                self.head.weight.mul_(self.head.norm0 / self.head.weight.norm())
+        with torch.no_grad(), fresh_statistics(self.model) as measuring:
+            if measuring:
+                for images, _ in self._checked(batches, epoch):
+                    with autocast(self.settings.device, self.settings.precision):
+                        self.model(self._placed(images))
+
     def _epoch(
         self, batches: Batches, epoch: int, interrupts: Interrupts
     ) -> tuple[float, float] | None:
         """Mean loss and accuracy over one epoch; None where the run was stopped within it."""
-        self.model.train(self._tunes_backbone)
+        self.model.train(self._tunes_backbone and not self._head_only)
         totals = torch.zeros(2, device=self.settings.device, dtype=torch.float64)
         count = step = 0
         try:
@@ -189,10 +199,7 @@ class Tuner:
     def step(self, images: Tensor, labels: Tensor, totals: Tensor) -> None:
         """One step; adds the batch's summed loss and number correct to ``totals`` [2]."""
         settings, guard = self.settings, self._guard
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        images = images.to(
-            settings.device, self.head.weight0.dtype, non_blocking=True, memory_format=layout
-        )
+        images = self._placed(images)
         labels = labels.to(settings.device, torch.int64, non_blocking=True)
         self._recent.append(images)
         guard.before_step()
@@ -206,9 +213,19 @@ class Tuner:
             totals[0] += loss.detach() * len(images)
             totals[1] += correct
 
+    def _placed(self, images: Tensor) -> Tensor:
+        """The images on the device, in the weights' dtype and layout."""
+        settings = self.settings
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        dtype = self.head.weight0.dtype
+        return images.to(settings.device, dtype, non_blocking=True, memory_format=layout)
+
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the number correct, from features where the model allows it."""
         settings, head = self.settings, self.head
+        hold = self.method.course.hold
+        if hold is not None:
+            head.hold_at(hold)
         with autocast(settings.device, settings.precision):
             if self._tap is not None:
                 features = self._tap(images)
@@ -224,7 +241,10 @@ class Tuner:
         return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
 
     def _fused_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        head, penalty = self.head, self.method.penalty
+        head = self.head
+        penalty: float | Tensor = self.method.penalty
+        if head.pressure is not None:
+            penalty = head.pressure * penalty
         # Layers that autocast keeps in float32 may come last; the head's product is not one.
         dtype = AUTOCAST.get(self.settings.precision, head.weight0.dtype)
         got = head_deviation_loss(
@@ -240,12 +260,12 @@ class Tuner:
         return got.loss, got.correct
 
     def _update(self) -> None:
-        if self._optimizer is not None:
+        if self._optimizer is not None and not self._head_only:
             self._optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
             self._optimizer.step()
         if self._tunes_head or self.method.project:
             self.head.step(
-                self._lr,
+                self._head_lr,
                 self.settings.momentum,
                 self.method.project,
                 self._guard.found_inf,

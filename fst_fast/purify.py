@@ -68,9 +68,10 @@ def purify(
             a DataLoader, a list of batches, a DeviceLoader, or a function that returns a fresh
             iterator for each epoch.
         method: "fst", "ft", "ft_init", "fe", "lp", or a :class:`~fst_fast.methods.Method`.
-        alpha: weight of FST's inner product; None takes the method's own (0.2, the paper's for
-            CIFAR-10). It grows with ||W0||, lr and steps; see the README for how to choose it.
-        epochs: passes over the loader.
+        alpha: weight of FST's inner product; what it does grows with lr and steps. "auto" turns
+            the head to a cosine instead, as :class:`~fst_fast.methods.fst_auto.FSTAuto` says; None
+            takes the method's own (0.2, the paper's for CIFAR-10).
+        epochs: passes over the loader; of ``alpha="auto"`` four times as many are made.
         lr: learning rate of the first epoch.
         momentum: of SGD, in [0, 1).
         head: the classification layer or its qualified name, where it cannot be found with
@@ -95,8 +96,9 @@ def purify(
         RuntimeError: ``backend`` is not available here.
     """
     _check_numbers(epochs, lr, momentum)
-    _check_later(alpha, graphs, resume)
+    _check_later(graphs, resume)
     chosen = _choose_method(method, alpha)
+    epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
     backends.choose("head_step_", place, backend)
     settings = LoopSettings(
@@ -152,13 +154,8 @@ def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
         raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
 
 
-def _check_later(alpha: object, graphs: object, resume: object) -> None:
+def _check_later(graphs: object, resume: object) -> None:
     """Refuse what the signature promises and this version does not have."""
-    if isinstance(alpha, str):
-        raise ValueError(
-            f"purify: alpha must be a number or None, got {alpha!r}; choosing it automatically is "
-            "not available yet: see the README for values that work"
-        )
     if graphs not in ("auto", False):
         raise ValueError(
             f'purify: graphs must be "auto" or False, got {graphs!r}; CUDA graphs are not '
@@ -171,6 +168,13 @@ def _check_later(alpha: object, graphs: object, resume: object) -> None:
 
 
 def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
+    if isinstance(alpha, str):
+        if alpha != "auto" or method != "fst":
+            raise ValueError(
+                f'purify: alpha must be a number, None, or for method "fst" also "auto", got '
+                f"{alpha!r} with method {method!r}"
+            )
+        return methods.get("fst_auto")
     settings = {} if alpha is None else {"alpha": alpha}
     if isinstance(method, str):
         return methods.get(method, **settings)

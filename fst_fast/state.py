@@ -1,8 +1,11 @@
-"""Context managers that change a model or the random state for a while and put it back."""
+"""Context managers that change a model, the random state or Ctrl-C for a while."""
 
 from __future__ import annotations
 
 import random
+import signal
+import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,3 +72,25 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class Interrupts:
+    """Turns the first Ctrl-C into a request to stop after the step; the second one raises."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._active = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Interrupts:
+        if self._active:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *error: object) -> None:
+        if self._active:
+            signal.signal(signal.SIGINT, self._previous)

@@ -42,10 +42,11 @@ ALLOWED = {
     "progress": (),
     "state": (),
     "guard": (),
+    "averaging": (),
     "features": ("heads", "state"),
     "loop": (
         *("methods", "ops", "data", "heads"),
-        *("features", "guard", "inputs", "progress", "state"),
+        *("averaging", "features", "guard", "inputs", "progress", "state"),
     ),
     "evaluate": ("data", "pixels", "triggers", "heads", "inputs", "state"),
     "result": ("checkpoint", "heads", "progress", "report"),

@@ -10,7 +10,7 @@ from fst_fast.methods import HeadState
 
 
 def test_every_file_is_a_method():
-    assert methods.available() == ("fe", "fst", "ft", "ft_init", "lp")
+    assert methods.available() == ("fe", "fst", "fst_auto", "ft", "ft_init", "lp")
     for name in methods.available():
         method = methods.get(name)
         assert method.name == name

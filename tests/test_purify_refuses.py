@@ -22,13 +22,17 @@ from fst_fast.heads import AmbiguousHeadError
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"method": "fstt"}, r"method must be one of \['fe', 'fst', 'ft', 'ft_init', 'lp'\]"),
+        (
+            {"method": "fstt"},
+            r"method must be one of \['fe', 'fst', 'fst_auto', 'ft', 'ft_init', 'lp'\]",
+        ),
         ({"method": 3}, "method must be a name"),
         ({"method": "ft", "alpha": 0.1}, "method 'ft' does not take alpha"),
         ({"method": methods.get("fst"), "alpha": 0.1}, "alpha must be None where method"),
         ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"alpha": -1.0}, "alpha must be a finite number"),
-        ({"alpha": "auto"}, "not available yet"),
+        ({"alpha": "atuo"}, r"alpha must be a number, None, or .* \"auto\", got 'atuo'"),
+        ({"alpha": "auto", "method": "ft"}, "got 'auto' with method 'ft'"),
         ({"graphs": True}, "not available yet"),
         ({"resume": "run"}, "not available yet"),
         ({"precision": "fp8"}, r"precision must be one of .* got 'fp8'"),

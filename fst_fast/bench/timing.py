@@ -13,6 +13,8 @@ import torch
 
 Call = Callable[[], Any]
 BLOCK_SECONDS = 0.005
+# Calls that take longer are not made once more for that.
+LEAD_SECONDS = 0.5
 MOST_CALLS = 64
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
 # A graph of few short calls would measure its own launch.
@@ -41,8 +43,9 @@ class HostTimer:
     def __init__(self, calls: Sequence[Call], expected: float | None = None) -> None:
         self._calls = itertools.cycle(calls)
         one = expected or min(self._timed() for _ in range(2))
-        # An untimed call leads each block of short ones: another variant ran just before.
-        self._lead = one < BLOCK_SECONDS
+        # An untimed call leads each block: another variant ran just before, and has left the caches
+        # and the free memory as it pleased.
+        self._lead = one < LEAD_SECONDS
         self._count = max(1, min(MOST_CALLS, int(BLOCK_SECONDS / one)))
         self.seconds = one * (self._count + self._lead)
 

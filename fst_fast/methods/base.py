@@ -25,6 +25,8 @@ class HeadState:
         norm0: 0-d, the Frobenius norm of weight0.
         weight_momentum, bias_momentum: SGD's buffers, zero at the start.
         weight_scale: None, or 0-d: the head is weight_scale * weight until :meth:`materialize`.
+        pressure: None, or 0-d, the factor of the penalty: 1 until the head has turned as far as
+            :meth:`hold_at` says, then 0.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -35,6 +37,18 @@ class HeadState:
             self.weight_momentum = torch.zeros_like(self.weight0)
             self.bias_momentum = None if self.bias is None else torch.zeros_like(self.bias)
         self.weight_scale: Tensor | None = None
+        self.pressure: Tensor | None = None
+
+    def hold_at(self, cosine: float) -> None:
+        """Set ``pressure`` by whether the cosine with weight0 is above this one.
+
+        The weight's norm is taken to be the original one. Nothing waits for the device.
+        """
+        with torch.no_grad():
+            inner = (self.weight * self.weight0).sum()
+            if self.weight_scale is not None:
+                inner = inner * self.weight_scale
+            self.pressure = (inner > cosine * self.norm0**2).to(inner.dtype)
 
     def defer_scale(self) -> None:
         """Keep the projection's factor apart, so that a step is one pass over the weight."""
@@ -108,6 +122,23 @@ class HeadState:
 
 
 @dataclass(frozen=True)
+class Course:
+    """What a method does apart from its loss; as it stands: nothing.
+
+    Attributes:
+        hold: cosine with the original weight at which the penalty stops; None: never.
+        head_epochs: share of the epochs, at the start, in which the head alone is trained.
+        head_lr: the head's learning rate, as a multiple of the others'.
+        average: share of the epochs, at the end, over which the weights are averaged.
+    """
+
+    hold: float | None = None
+    head_epochs: float = 0.0
+    head_lr: float = 1.0
+    average: float = 0.0
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of every tuning method; a new method is one new file with one subclass.
 
@@ -119,6 +150,8 @@ class Method:
     name: ClassVar[str]
     reinitializes: ClassVar[bool] = False
     trains: ClassVar[Literal["all", "backbone", "head"]] = "all"
+    # Epochs that are run for each one asked for.
+    epochs_factor: ClassVar[int] = 1
 
     project: bool = False
 
@@ -126,6 +159,11 @@ class Method:
     def penalty(self) -> float:
         """The weight of <W, W0> in the loss."""
         return 0.0
+
+    @property
+    def course(self) -> Course:
+        """What is done apart from the loss."""
+        return Course()
 
     def loss(self, logits: Tensor, labels: Tensor, head: HeadState) -> Tensor:
         """The 0-d loss of logits [B, K] float32 and labels [B] int64.
@@ -136,7 +174,8 @@ class Method:
         cross_entropy = F.cross_entropy(logits, labels)
         if not self.penalty:
             return cross_entropy
-        return cross_entropy + self.penalty * (head.weight * head.weight0).sum()
+        penalty = self.penalty * (head.weight * head.weight0).sum()
+        return cross_entropy + (penalty if head.pressure is None else penalty * head.pressure)
 
     def settings(self) -> Mapping[str, object]:
         """The method's name and settings as plain values, for manifests."""

@@ -1,0 +1,67 @@
+"""The mean of a model's weights over the last epochs, and batch-norm statistics to go with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class WeightAverage:
+    """Averages the parameters of a model (Izmailov et al., UAI 2018, arXiv 1803.05407).
+
+    Args:
+        share: of the epochs, at the end, whose weights count; in 0..1, one epoch at least.
+        epochs: of the run.
+    Attributes:
+        first: the first epoch that counts, from 0.
+    """
+
+    def __init__(self, model: nn.Module, share: float, epochs: int) -> None:
+        self.first = min(epochs - 1, math.floor(epochs * (1 - share)))
+        self._parameters: list[Tensor] = list(model.parameters())
+        self._mean: list[Tensor] | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Count the weights as they are."""
+        self._count += 1
+        if self._mean is None:
+            self._mean = [parameter.clone() for parameter in self._parameters]
+        else:
+            torch._foreach_lerp_(self._mean, self._parameters, 1 / self._count)
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Make the mean the model's weights."""
+        assert self._mean is not None
+        torch._foreach_copy_(self._parameters, self._mean)
+
+
+@contextmanager
+def fresh_statistics(model: nn.Module) -> Iterator[bool]:
+    """Batch norm forgets its statistics and averages over what is run within, in train mode.
+
+    Yields whether there is any to be measured.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = {layer: layer.momentum for layer in layers}
+    modes = {module: module.training for module in model.modules()}
+    # Nothing but batch norm in train mode: dropout would disturb what is measured.
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    try:
+        yield bool(layers)
+    finally:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
