@@ -40,7 +40,7 @@ def efficacy():
         ]
         title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
         parts.append(f"{title}\n\n{table(['suspect', *names], rows)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "Not yet measured."
 
 
 def outcome(rows, name):

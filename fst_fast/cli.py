@@ -14,20 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import _cli_triggers, backends, checkpoint, methods, triggers
+from . import _cli_triggers, _cli_values, backends, checkpoint, methods, triggers
 from .bench import options as bench
 from .data import DeviceLoader
 from .evaluate import evaluate
 from .lab import datasets
 from .lab.demo import run_demo
-from .pixels import Normalization
 from .purify import purify
-
-NORMALIZATIONS: dict[str, Normalization | None] = {
-    "none": None,
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, required=True, help="FILE.safetensors to write")
     tune.add_argument("--validation", type=Path, help="clean images for the reported accuracy")
     tune.add_argument("--method", choices=methods.available(), default="fst")
-    tune.add_argument("--alpha", type=float, help="weight of FST's <W, W0> (default 0.2)")
+    tune.add_argument(
+        "--alpha",
+        type=_cli_values.alpha,
+        default="auto",
+        help="weight of FST's <W, W0>, or auto (default)",
+    )
     tune.add_argument(
         "--project", action=argparse.BooleanOptionalAction, help="hold the head's norm, or not"
     )
@@ -116,12 +114,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder with one sub-folder per class (sorted names are labels 0, 1, ...), or .npz",
     )
+    known = ", ".join(_cli_values.NORMALIZATIONS)
     parser.add_argument("--size", type=int, help="resize and centre-crop to this many pixels")
     parser.add_argument(
         "--normalize",
         required=True,
         metavar="NAME|MEANS/STDS",
-        help=f"as in training: {', '.join(NORMALIZATIONS)}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
+        help=f"as in training: {known}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
     )
     parser.add_argument("--batch-size", type=int, default=128)
 
@@ -192,7 +191,7 @@ def _print_outcome(before: float, after: float, images: datasets.ImageSet, valid
 def _evaluate(options: argparse.Namespace) -> int:
     trigger = None
     if options.trigger is not None:
-        trigger = triggers.get(options.trigger, **_options(options.trigger_option))
+        trigger = triggers.get(options.trigger, **_cli_values.options(options.trigger_option))
     model, _ = _load_model(options)
     loader = _loader(options, _load_images(options.data, options.size), shuffle=False)
     metrics = evaluate(
@@ -234,14 +233,18 @@ def _text(value: Any) -> str:
 
 
 def _method(options: argparse.Namespace) -> methods.Method:
-    given = {"alpha": options.alpha, "project": options.project}
-    settings = {name: value for name, value in given.items() if value is not None}
-    return methods.get(options.method, **settings)
+    given = {"project": options.project}
+    name = options.method
+    if options.alpha != "auto":
+        given["alpha"] = options.alpha
+    elif name == "fst":
+        name = "fst_auto"
+    return methods.get(name, **{key: value for key, value in given.items() if value is not None})
 
 
 def _load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
     """The model, and what the manifest says of where it came from."""
-    settings = _options(options.arch_option)
+    settings = _cli_values.options(options.arch_option)
     model = checkpoint.load(options.checkpoint, options.arch, options.num_classes, **settings)
     facts: dict[str, object] = {
         "parent": {
@@ -266,35 +269,5 @@ def _loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: boo
         shuffle=shuffle,
         seed=getattr(options, "seed", 0),
         augment=None if augment == "none" else augment,
-        normalize=_normalization(options.normalize),
+        normalize=_cli_values.normalization(options.normalize),
     )
-
-
-def _normalization(text: str) -> Normalization | None:
-    if text in NORMALIZATIONS:
-        return NORMALIZATIONS[text]
-    try:
-        means, stds = ([float(v) for v in part.split(",")] for part in text.split("/"))
-    except ValueError:
-        raise ValueError(
-            f"--normalize must be one of {', '.join(NORMALIZATIONS)}, or means/standard "
-            f"deviations like 0.5,0.5,0.5/0.2,0.2,0.2, got {text!r}"
-        ) from None
-    if min(stds) <= 0:
-        raise ValueError(f"--normalize must have standard deviations > 0, got {text!r}")
-    return means, stds
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """["width=16", "name=x"] to {"width": 16, "name": "x"}: JSON where it is, else text."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"an option must be NAME=VALUE, got {pair!r}")
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = value
-        out[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-    return out

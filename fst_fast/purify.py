@@ -37,7 +37,7 @@ def purify(
     loader: Loader,
     *,
     method: str | Method = "fst",
-    alpha: float | str | None = None,
+    alpha: float | str | None = "auto",
     epochs: int = 10,
     lr: float = 0.01,
     momentum: float = 0.9,
@@ -68,10 +68,11 @@ def purify(
             a DataLoader, a list of batches, a DeviceLoader, or a function that returns a fresh
             iterator for each epoch.
         method: "fst", "ft", "ft_init", "fe", "lp", or a :class:`~fst_fast.methods.Method`.
-        alpha: weight of FST's inner product; what it does grows with lr and steps. "auto" turns
-            the head to a cosine instead, as :class:`~fst_fast.methods.fst_auto.FSTAuto` says; None
-            takes the method's own (0.2, the paper's for CIFAR-10).
-        epochs: passes over the loader; of ``alpha="auto"`` four times as many are made.
+        alpha: weight of FST's inner product, which runs FST as published (0.2 is the paper's for
+            CIFAR-10); what it does grows with lr and steps. "auto" turns the head to a cosine
+            instead: see :class:`~fst_fast.methods.fst_auto.FSTAuto`. None takes the method's own;
+            so does "auto" where the method is not "fst".
+        epochs: passes over the loader; FST with ``alpha="auto"`` makes four times as many.
         lr: learning rate of the first epoch.
         momentum: of SGD, in [0, 1).
         head: the classification layer or its qualified name, where it cannot be found with
@@ -168,24 +169,20 @@ def _check_later(graphs: object, resume: object) -> None:
 
 
 def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
-    if isinstance(alpha, str):
-        if alpha != "auto" or method != "fst":
-            raise ValueError(
-                f'purify: alpha must be a number, None, or for method "fst" also "auto", got '
-                f"{alpha!r} with method {method!r}"
-            )
-        return methods.get("fst_auto")
-    settings = {} if alpha is None else {"alpha": alpha}
+    if isinstance(alpha, str) and alpha != "auto":
+        raise ValueError(f'purify: alpha must be a number, "auto" or None, got {alpha!r}')
     if isinstance(method, str):
-        return methods.get(method, **settings)
+        if alpha == "auto":
+            return methods.get("fst_auto" if method == "fst" else method)
+        return methods.get(method, **({} if alpha is None else {"alpha": alpha}))
     if not isinstance(method, Method):
         raise ValueError(
             f"purify: method must be a name in {list(methods.available())} or a Method, got "
             f"{method!r}"
         )
-    if settings:
+    if alpha not in ("auto", None):
         raise ValueError(
-            f"purify: alpha must be None where method is an object, got {alpha}; set it there"
+            f"purify: alpha must be left out where method is an object, got {alpha}; set it there"
         )
     return method
 

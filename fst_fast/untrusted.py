@@ -34,6 +34,29 @@ _CONVERT = """if you trust its author, convert it in a sandbox without network:
     torch.save(model.state_dict(), 'weights.pt')  # or the entry that holds the state dict"""
 
 
+class NumPyObject:
+    """Stands in a loaded file for an array, a scalar or a dtype of NumPy; holds and does nothing.
+
+    Results of BackdoorBench have such beside the weights.
+    """
+
+    def __init__(self, *ignored: object) -> None:
+        pass
+
+    def __setstate__(self, ignored: object) -> None:
+        pass
+
+
+_NUMPY = [
+    (NumPyObject, name)
+    for name in (
+        *("numpy.ndarray", "numpy.dtype"),
+        *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+        *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    )
+]
+
+
 class LoadError(RuntimeError):
     """A model file was refused; the text names it, what was expected, what came and the remedy."""
 
@@ -44,7 +67,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Equals ``safetensors.torch.load_file(path)``, or ``torch.load(path, weights_only=True,
     map_location="cpu")`` for any suffix but .safetensors; there is no fall-back to plain pickle.
     The state dict is the file's content, or sits inside "state_dict", "model", "net" or
-    "model_state_dict". "module." and "_orig_mod." are stripped when every name carries them.
+    "model_state_dict", as in an attack_result.pt of BackdoorBench, whose NumPy objects are left out
+    without a look. "module." and "_orig_mod." are stripped when every name carries them.
 
     Returns:
         Names to CPU tensors as stored: dtype kept, tied tensors still tied in a .pt file. They may
@@ -135,7 +159,8 @@ def _read_pickle(path: Path) -> Any:
             zipped = file.read(4) == b"PK\x03\x04"
         if zipped:
             _check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(_NUMPY):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except LoadError:
         raise
     # A hostile file can raise anything; torch's own text advises weights_only=False: not passed on.

@@ -33,7 +33,7 @@ def make_batches(count=3, size=8, channels=3, seed=2):
 
 def quick(model, loader, **more):
     return fst_fast.purify(
-        model, loader, **{"epochs": 2, "progress": False, "device": "cpu", **more}
+        model, loader, **{"alpha": None, "epochs": 2, "progress": False, "device": "cpu", **more}
     )
 
 

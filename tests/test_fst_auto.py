@@ -10,6 +10,7 @@ from purify_cases import equal_states, make_batches, make_model, quick
 from torch import nn
 from torch.nn import functional as F
 
+import fst_fast
 from fst_fast import methods
 from fst_fast.averaging import WeightAverage, fresh_statistics
 from fst_fast.methods import HeadState
@@ -127,6 +128,16 @@ def test_auto_is_a_method_of_its_own_and_says_so():
     assert len(result.history) == 4
     same = quick(make_model(), make_batches(), method="fst_auto", epochs=1)
     assert equal_states(result.model.state_dict(), same.model.state_dict())
+
+
+def test_auto_is_the_default_of_fst_alone():
+    arguments = {"epochs": 1, "progress": False, "device": "cpu"}
+    result = fst_fast.purify(make_model(), make_batches(), **arguments)
+    assert result.settings["method"] == "fst_auto"
+    for method in ("ft", methods.get("fst", alpha=0.1)):
+        result = fst_fast.purify(make_model(), make_batches(), method=method, **arguments)
+        assert result.settings["method"] in ("ft", "fst")
+        assert len(result.history) == 1
 
 
 def test_flags_modes_and_momentum_are_put_back():

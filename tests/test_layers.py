@@ -58,6 +58,7 @@ ALLOWED = {
     "report": (),
     "bench": ANYTHING,
     "_cli_triggers": ANYTHING,
+    "_cli_values": ("pixels",),
     "cli": ANYTHING,
     "__main__": ANYTHING,
 }

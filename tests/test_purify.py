@@ -46,9 +46,9 @@ def test_result_describes_the_run():
 
 def test_default_call_needs_no_argument(capsys):
     result = fst_fast.purify(make_model(), make_batches(2))
-    assert len(result.history) == 10
-    assert result.settings["alpha"] == 0.2
-    assert capsys.readouterr().err.count("epoch") == 10
+    assert len(result.history) == 40
+    assert result.settings["method"] == "fst_auto"
+    assert capsys.readouterr().err.count("epoch") == 40
 
 
 def test_given_model_is_left_alone():

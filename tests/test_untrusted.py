@@ -7,6 +7,7 @@ import subprocess
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -240,3 +241,66 @@ def test_files_from_a_gpu_machine(tmp_path, monkeypatch, zipped):
     path = torch_save(tmp_path / "m.pt", {"w": torch.arange(3.0)}, zipped)
     assert b"cuda:1" in path.read_bytes()
     assert equal(read_state_dict(path), {"w": torch.arange(3.0)})
+
+
+# BackdoorBench
+
+
+def attack_result(weights):
+    return {
+        "model_name": "preactresnet18",
+        "num_classes": 10,
+        "model": weights,
+        "img_size": (32, 32, 3),
+        "acc": np.float64(0.93),
+        "clean": np.bool_(True),
+        "poison_index": np.arange(5),
+        "names": np.array(["a", "b"]),
+        "objects": np.array([None, 1.5], dtype=object),
+        "bd_train": {"bd_data_container": {"save_path": "record/x", "index": [1, 2]}},
+        "clean_data": "cifar10",
+    }
+
+
+@FORMATS
+def test_the_weights_of_an_attack_result_are_read_and_its_arrays_left(tmp_path, zipped):
+    weights = {"a.weight": torch.randn(3, 2), "a.bias": torch.ones(3)}
+    path = tmp_path / "attack_result.pt"
+    torch.save(attack_result(weights), path, _use_new_zipfile_serialization=zipped)
+    found = read_state_dict(path)
+    assert list(found) == list(weights)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_old_names_of_numpy_are_known_too(tmp_path):
+    path = tmp_path / "attack_result.pt"
+    torch.save(attack_result({"w": torch.ones(2)}), path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray" in data
+    path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert list(read_state_dict(path)) == ["w"]
+
+
+def test_an_array_in_the_weights_is_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"w": torch.ones(2), "v": np.ones(3)}, path)
+    refused(path, "'v': a NumPyObject")
+
+
+@FORMATS
+def test_an_array_that_claims_to_be_huge_takes_no_memory(tmp_path, zipped):
+    class Huge:
+        def __reduce__(self):
+            return np._core.multiarray._reconstruct, (np.ndarray, (10**15,), b"b")
+
+    path = tmp_path / "weights.pt"
+    content = {"model": {"w": torch.ones(2)}, "index": Huge()}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert list(read_state_dict(path)) == ["w"]
+
+
+def test_other_functions_of_numpy_are_refused(tmp_path, canary):
+    path = tmp_path / "weights.pt"
+    saved = Calls(np.save, str(canary), [1])
+    torch.save({"model": {"w": torch.ones(2)}, "index": saved}, path)
+    refused(path, "numpy.save")
