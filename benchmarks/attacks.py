@@ -9,7 +9,6 @@ with it and trains only what it lacks; SIBA's pattern is taken from there as wel
 import argparse
 import datetime
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from fst_fast import DeviceLoader, checkpoint, evaluate
 from fst_fast.bench import machine, records
-from fst_fast.files import dump_json, strict_json, sync_directory, write_temporary
+from fst_fast.files import dump_json, replace_file, strict_json
 from fst_fast.lab import datasets, models
 from fst_fast.lab.poison import poison
 from fst_fast.lab.siba import find_siba
@@ -128,13 +127,7 @@ def open_record(options, images):
 def write(record, path):
     """All or nothing: the models in it took long."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = write_temporary(path.parent, dump_json(strict_json(record, "record")))
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    replace_file(path, dump_json(strict_json(record, "record")))
 
 
 def make_trigger(name, record, path, train_set, test, options):

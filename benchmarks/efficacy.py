@@ -17,9 +17,8 @@ import torch
 
 from fst_fast import Augment, DeviceLoader, checkpoint, evaluate, methods, purify, triggers
 from fst_fast.bench import machine, records
-from fst_fast.files import dump_json, strict_json
+from fst_fast.files import dump_json, replace_file, strict_json
 from fst_fast.lab import datasets, models
-from fst_fast.lab.gallery import save
 from fst_fast.lab.poison import poison
 from fst_fast.lab.reattack import retune
 from fst_fast.lab.train import TrainSettings, train
@@ -194,7 +193,8 @@ def main():
             rows = rows_of(name, how, train_set, test, options)
             made = {**manifest(how), "developed": how.developed, "rows": rows}
             record["suspects"][name] = strict_json(made, "suspect")
-            save(path, dump_json(record))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, dump_json(record))
             print(f"wrote {path.relative_to(ROOT)}", flush=True)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import triggers
+from .files import replace_file
 from .lab import gallery
 
 PLAIN_WIDTH = 160
@@ -38,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
         image = gallery.read_image(options.image, options.size)
     found = gallery.examples(options.only, image)
     if options.out is not None:
-        gallery.save(options.out, gallery.draw(found, image))
+        picture = gallery.draw(found, image)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(options.out, picture)
         print(f"wrote {options.out}")
         return 0
     rows = [_row(example.name) for example in found]

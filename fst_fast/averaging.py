@@ -19,28 +19,26 @@ class WeightAverage:
         epochs: of the run.
     Attributes:
         first: the first epoch that counts, from 0.
+        mean: of the weights that were counted, in the order of the parameters.
+        count: how often that was, on the CPU.
     """
 
     def __init__(self, model: nn.Module, share: float, epochs: int) -> None:
         self.first = min(epochs - 1, math.floor(epochs * (1 - share)))
         self._parameters: list[Tensor] = list(model.parameters())
-        self._mean: list[Tensor] | None = None
-        self._count = 0
+        self.mean = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self.count = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def add(self) -> None:
         """Count the weights as they are."""
-        self._count += 1
-        if self._mean is None:
-            self._mean = [parameter.clone() for parameter in self._parameters]
-        else:
-            torch._foreach_lerp_(self._mean, self._parameters, 1 / self._count)
+        self.count += 1
+        torch._foreach_lerp_(self.mean, self._parameters, 1 / int(self.count))
 
     @torch.no_grad()
     def put_in(self) -> None:
         """Make the mean the model's weights."""
-        assert self._mean is not None
-        torch._foreach_copy_(self._parameters, self._mean)
+        torch._foreach_copy_(self._parameters, self.mean)
 
 
 @contextmanager

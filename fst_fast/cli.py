@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--head", help="qualified name of the classification layer")
     tune.add_argument("--backend", choices=backends.NAMES)
     tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument(
+        "--resume", type=Path, help="folder of the run's state, to go on after a stop"
+    )
     tune.add_argument("--quiet", action="store_true", help="no progress")
     tune.set_defaults(run=_purify)
 
@@ -153,6 +156,7 @@ def _purify(options: argparse.Namespace) -> int:
         precision=options.precision,
         backend=options.backend,
         seed=options.seed,
+        resume=options.resume,
         progress=not options.quiet,
         inplace=True,
     )

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Names of files that are not yet, or no longer, what they are to be.
+TEMPORARIES = ".fst_fast-*.tmp"
+
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
@@ -63,7 +66,7 @@ def dump_json(value: Any) -> bytes:
 
 def write_temporary(directory: Path, data: bytes) -> Path:
     """Write data under a new hidden name, flush it to the disk, return the name; all or nothing."""
-    path = directory / f".fst_fast-{secrets.token_hex(8)}.tmp"
+    path = directory / TEMPORARIES.replace("*", secrets.token_hex(8))
     # Not tempfile: its mode 0600 would pass to the final file and hide it from the user's group.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
@@ -76,6 +79,17 @@ def write_temporary(directory: Path, data: bytes) -> Path:
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, or leave it as it was and raise; at no moment is it half written."""
+    temporary = write_temporary(path.parent, data)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 def replace_pair(payload: Path, payload_data: bytes, manifest: Path, manifest_data: bytes) -> None:
@@ -126,7 +140,7 @@ def sync_directory(directory: Path) -> None:
 
 def _keep(path: Path) -> Path:
     """Give a file a second, hidden name, from which _put_back() can restore it."""
-    kept = path.parent / f".fst_fast-{secrets.token_hex(8)}.tmp"
+    kept = path.parent / TEMPORARIES.replace("*", secrets.token_hex(8))
     try:
         os.link(path, kept)
     # No hard links there (FAT, some network file systems).

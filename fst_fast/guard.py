@@ -23,7 +23,7 @@ class Guard:
         self.scales = precision == "fp16"
         self.scale = torch.full((), 2.0**16 if self.scales else 1.0, device=device)
         self.found_inf = torch.zeros((), device=device)
-        self._growth = torch.zeros((), dtype=torch.int32, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
         self._fatal = torch.zeros((), device=device)
         self._buffers = list(model.buffers())
         self._statistics = [b for b in self._buffers if b.is_floating_point()]
@@ -50,7 +50,7 @@ class Guard:
         # The fused optimizers compare with 1 exactly.
         self._fatal.clamp_(max=1)
         if self.scales:
-            torch._amp_update_scale_(self.scale, self._growth, self.found_inf, 2.0, 0.5, 2000)
+            torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
         torch.maximum(self.found_inf, self._fatal, out=self.found_inf)
 
     def after_step(self) -> bool:

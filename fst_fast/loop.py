@@ -59,6 +59,8 @@ class Tuner:
         self.method = method
         self.settings = settings
         self.head = HeadState(head)
+        share = method.course.average
+        self.average = WeightAverage(model, share, settings.epochs) if share else None
         self.history: list[EpochRecord] = []
         self.stopped: str | None = None
         own = {id(p) for p in head.parameters()}
@@ -69,13 +71,13 @@ class Tuner:
             wanted = self._tunes_head if id(parameter) in own else self._tunes_backbone
             parameter.requires_grad_(wanted)
         self._head_parameters = [p for p in head.parameters() if self._tunes_head]
-        self._backbone = backbone if self._tunes_backbone else []
+        self.backbone = backbone if self._tunes_backbone else []
         # The head alone: in the first epochs of some methods.
         self._head_only = False
         self._lr = torch.tensor(settings.lr, device=settings.device)
         self._head_lr = self._lr.clone()
-        self._optimizer = self._make_optimizer() if self._backbone else None
-        self._guard = Guard(model, settings.device, settings.precision)
+        self.optimizer = self._make_optimizer() if self.backbone else None
+        self.guard = Guard(model, settings.device, settings.precision)
         self._recent: deque[Tensor] = deque(maxlen=2)
         # A method's own loss asks for logits.
         self._tap = tap if type(method).loss is Method.loss else None
@@ -84,10 +86,10 @@ class Tuner:
 
     def _make_optimizer(self) -> torch.optim.SGD:
         optimizer = torch.optim.SGD(
-            self._backbone, lr=self._lr, momentum=self.settings.momentum, fused=True
+            self.backbone, lr=self._lr, momentum=self.settings.momentum, fused=True
         )
         if self.settings.momentum:
-            for parameter in self._backbone:
+            for parameter in self.backbone:
                 # Zeros from the start: a first step skipped by the guard then leaves no garbage.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -98,13 +100,19 @@ class Tuner:
         report: ProgressReport,
         validate: Callable[[nn.Module], float] | None = None,
         callbacks: Sequence[Callback] = (),
+        keep: Callable[[Tuner], None] | None = None,
     ) -> None:
-        """Tune for all epochs, or until a callback, Ctrl-C or a loss that is not finite."""
+        """Tune for all epochs, or until a callback, Ctrl-C or a loss that is not finite.
+
+        Goes on behind the history, where there is one. ``keep`` is called after every epoch, before
+        the callbacks.
+        """
         started = time.perf_counter()
-        share = self.method.course.average
-        average = WeightAverage(self.model, share, self.settings.epochs) if share else None
+        average = self.average
+        if self.history:
+            started -= self.history[-1].seconds
         with Interrupts() as interrupts:
-            for epoch in range(self.settings.epochs):
+            for epoch in range(len(self.history), self.settings.epochs):
                 lr = self._begin(epoch)
                 totals = self._epoch(batches, epoch, interrupts)
                 if totals is None:
@@ -119,6 +127,8 @@ class Tuner:
                 record = EpochRecord(epoch + 1, totals[0], accuracy, lr, cosine, norm, seconds)
                 self.history.append(record)
                 report.epoch(record)
+                if keep is not None:
+                    keep(self)
                 answers = [callback(record, self.model) for callback in callbacks]
                 if epoch + 1 == self.settings.epochs:
                     return
@@ -138,7 +148,7 @@ class Tuner:
         head_only = epoch < round(course.head_epochs * epochs)
         if head_only != self._head_only:
             self._head_only = head_only
-            for parameter in self._backbone:
+            for parameter in self.backbone:
                 parameter.requires_grad_(not head_only)
         return lr
 
@@ -166,7 +176,7 @@ class Tuner:
                 step += 1
                 count += len(images)
                 self.step(images, labels, totals)
-                if self._guard.after_step() or interrupts.requested:
+                if self.guard.after_step() or interrupts.requested:
                     break
         except RuntimeError:
             # Workers of a DataLoader end on the same Ctrl-C, which the loader reports as an error.
@@ -175,7 +185,7 @@ class Tuner:
         finally:
             self.head.materialize()
         where = f"epoch {epoch + 1}, step {step}"
-        if self._guard.finish():
+        if self.guard.finish():
             self._explain_failure(where)
             return None
         if interrupts.requested:
@@ -198,7 +208,7 @@ class Tuner:
 
     def step(self, images: Tensor, labels: Tensor, totals: Tensor) -> None:
         """One step; adds the batch's summed loss and number correct to ``totals`` [2]."""
-        settings, guard = self.settings, self._guard
+        settings, guard = self.settings, self.guard
         images = self._placed(images)
         labels = labels.to(settings.device, torch.int64, non_blocking=True)
         self._recent.append(images)
@@ -206,7 +216,7 @@ class Tuner:
         loss, correct = self._loss(images, labels)
         self.model.zero_grad(set_to_none=True)
         (loss * guard.scale).backward()
-        trained = self._backbone + self._head_parameters
+        trained = self.backbone + self._head_parameters
         guard.inspect(loss.detach(), [p.grad for p in trained if p.grad is not None])
         self._update()
         with torch.no_grad():
@@ -235,7 +245,7 @@ class Tuner:
                 self._tap = None
                 head.materialize()
                 head.weight_scale = None
-                self._guard.undo_forward()
+                self.guard.undo_forward()
             logits = logits_of(self.model(images)).flatten(1)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
@@ -260,15 +270,15 @@ class Tuner:
         return got.loss, got.correct
 
     def _update(self) -> None:
-        if self._optimizer is not None and not self._head_only:
-            self._optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
-            self._optimizer.step()
+        if self.optimizer is not None and not self._head_only:
+            self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]
+            self.optimizer.step()
         if self._tunes_head or self.method.project:
             self.head.step(
                 self._head_lr,
                 self.settings.momentum,
                 self.method.project,
-                self._guard.found_inf,
+                self.guard.found_inf,
                 self.settings.backend,
             )
 

@@ -29,6 +29,7 @@ from .loop import Callback, LoopSettings, Tuner
 from .methods import Method
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
+from .resume import RunFolder, fingerprint
 from .state import evaluating, seeded, tuning
 
 
@@ -84,7 +85,9 @@ def purify(
         backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
         seed: of the new head and of every random draw during the run. The global random state is
             put back afterwards.
-        resume: not available yet.
+        resume: a folder for this run's state, written after every epoch. Called again with the same
+            arguments, purify goes on behind the last whole epoch, and on the CPU ends in the same
+            bits as without an interruption.
         progress: show a bar on a terminal, plain lines elsewhere.
         callbacks: each is called as ``callback(record, model)`` after every epoch; one that
             returns True ends the run.
@@ -97,7 +100,7 @@ def purify(
         RuntimeError: ``backend`` is not available here.
     """
     _check_numbers(epochs, lr, momentum)
-    _check_later(graphs, resume)
+    _check_later(graphs)
     chosen = _choose_method(method, alpha)
     epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
@@ -119,13 +122,17 @@ def purify(
     _check_takes(plain, images)
     name, classes = _trained_head(plain, head, images)
     check_batch(batches.first, batches.where, place, num_classes=classes)
+    asked = {"head": name, "seed": seed, "model": fingerprint(plain)} if resume is not None else {}
     tuned = plain if inplace else copy.deepcopy(plain)
     started = time.perf_counter()
     with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
         settings = replace(settings, channels_last=_use_channels_last(tuned, images, place))
         tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, images, seed)
         with seeded(seed, place):
-            tuner.run(batches, report, validate, callbacks)
+            keep = None
+            if resume is not None:
+                keep = _go_on(resume, tuner, asked, loader, report)
+            tuner.run(batches, report, validate, callbacks, keep)
         if tuner.stopped is not None:
             report.note(f"purify: {tuner.stopped}")
         cosine, norm = tuner.head.shift().tolist()
@@ -155,16 +162,12 @@ def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
         raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
 
 
-def _check_later(graphs: object, resume: object) -> None:
+def _check_later(graphs: object) -> None:
     """Refuse what the signature promises and this version does not have."""
     if graphs not in ("auto", False):
         raise ValueError(
             f'purify: graphs must be "auto" or False, got {graphs!r}; CUDA graphs are not '
             "available yet"
-        )
-    if resume is not None:
-        raise ValueError(
-            f"purify: resume must be None, got {resume!r}; resuming is not available yet"
         )
 
 
@@ -254,6 +257,20 @@ def _tuner(
     if method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(seed))
     return tuner
+
+
+def _go_on(
+    folder: str | Path,
+    tuner: Tuner,
+    asked: dict[str, object],
+    loader: Loader,
+    report: ProgressReport,
+) -> Callable[[Tuner], None]:
+    """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
+    run = RunFolder(folder, {**asked, **tuner.method.settings(), **asdict(tuner.settings)}, loader)
+    if run.restore(tuner):
+        report.note(f"purify: goes on behind epoch {len(tuner.history)} of {tuner.settings.epochs}")
+    return run.keep
 
 
 def _use_channels_last(model: nn.Module, images: Tensor, device: torch.device) -> bool:

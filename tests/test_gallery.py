@@ -107,13 +107,3 @@ def test_the_command_lists_the_zoo(capsys):
 def test_wrong_arguments(capsys, arguments, message):
     assert cli.main(["triggers", *arguments]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_what_was_there_stays_if_the_disk_refuses(tmp_path, monkeypatch):
-    out = tmp_path / "zoo.png"
-    out.write_bytes(b"before")
-    monkeypatch.setattr(gallery.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        gallery.save(out, b"after")
-    assert out.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [out]

@@ -49,10 +49,11 @@ ALLOWED = {
         *("averaging", "features", "guard", "inputs", "progress", "state"),
     ),
     "evaluate": ("data", "pixels", "triggers", "heads", "inputs", "state"),
+    "resume": ("files", "loop", "progress"),
     "result": ("checkpoint", "heads", "progress", "report"),
     "purify": (
         *("backends", "loop", "features", "heads", "methods", "data", "evaluate"),
-        *("inputs", "progress", "result", "state"),
+        *("inputs", "progress", "result", "resume", "state"),
     ),
     "lab": ANYTHING,
     "report": (),

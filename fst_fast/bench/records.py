@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fst_fast
-from fst_fast.files import dump_json, strict_json, sync_directory, write_temporary
+from fst_fast.files import dump_json, replace_file, strict_json
 
 ROOT = Path(fst_fast.__file__).parents[1]
 # What a measurement depends on; a new record beside them leaves them as they are.
@@ -51,11 +50,5 @@ def write(record: Mapping[str, Any], folder: Path) -> Path:
     directory = folder / record["device"]["type"]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{record['date']}-{commit}-{record['suite']}.json"
-    temporary = write_temporary(directory, dump_json(record))
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(directory)
+    replace_file(path, dump_json(record))
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import triggers
-from ..files import sync_directory, write_temporary
 from ..triggers import Chroma, Elementwise, Gather, Stored, Trigger, Warp
 
 SIDE = 64
@@ -231,15 +229,3 @@ def draw(shown: Sequence[Example], image: Tensor) -> bytes:
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
     return out.getvalue()
-
-
-def save(path: Path, data: bytes) -> None:
-    """Write the file, or leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = write_temporary(path.parent, data)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)

@@ -17,7 +17,8 @@ class FSTAuto(Method):
     and the smaller the pull of the data; the cosine that is reached says far more about what is
     left of a backdoor (docs/alpha.md). Three things make the turn cheaper:
 
-    - in the first epochs the head alone is trained, at a higher rate, on features that stay;
+    - the head has a higher learning rate, and in the first epochs it alone is trained, on features
+      that stay;
     - four times as many epochs are run as asked for;
     - the weights are averaged over the last half of them, and the batch-norm statistics are then
       measured anew.

@@ -1,0 +1,181 @@
+"""A run that can be ended at any moment and goes on from its last whole epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .files import TEMPORARIES, replace_file
+from .loop import Tuner
+from .progress import EpochRecord
+
+NAME = "state.safetensors"
+FORMAT = "fst_fast run, version 1"
+
+
+class RunFolder:
+    """The folder given as ``resume=``: one file, replaced after every epoch or not at all.
+
+    It holds the weights, the head's original weight and its norm, all momentum, the loss scale,
+    the averaged weights, the random states and the history. A loader that draws from a generator
+    of its own (``DataLoader(generator=...)``) has that state kept as well; a DeviceLoader goes by
+    the epoch's number.
+
+    Args:
+        folder: made if it is not there.
+        asked: what a run must agree in to be gone on with: settings, seed, the suspect's weights.
+        loader: the tuning loader.
+    Raises:
+        ValueError: ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | Path, asked: Mapping[str, Any], loader: object) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                f"purify: resume must be a folder, got the file {self.folder}; name a folder of "
+                "its own for each run"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a process left that was killed while it wrote.
+        for left in self.folder.glob(TEMPORARIES):
+            left.unlink()
+        self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
+        self._generators = _generators(loader)
+
+    def keep(self, tuner: Tuner) -> None:
+        """Write down where the run stands, after an epoch."""
+        tensors = {name: value.detach().cpu() for name, value in tensors_of(tuner).items()}
+        tensors |= _random_tensors(tuner.settings.device)
+        for i, generator in enumerate(self._generators):
+            tensors[f"random.loader.{i}"] = generator.get_state()
+        facts = {
+            "format": FORMAT,
+            "asked": self.asked,
+            "history": [dataclasses.asdict(record) for record in tuner.history],
+            "python": random.getstate(),
+            "numpy": _numpy_state(),
+        }
+        # Tied tensors are written in full; tensors_of() gives both names.
+        tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
+        facts["digest"] = _digest(tensors, facts)
+        data = safetensors.torch.save(tensors, {"facts": json.dumps(facts)})
+        replace_file(self.folder / NAME, data)
+
+    def restore(self, tuner: Tuner) -> bool:
+        """Put the tuner, and the random states, where the last epoch left them.
+
+        Returns:
+            Whether there was anything to go on with.
+        Raises:
+            ValueError: the folder holds another run, or a damaged file.
+        """
+        path = self.folder / NAME
+        if not path.exists():
+            return False
+        tensors, facts = self._read(path)
+        if facts["asked"] != self.asked:
+            before = facts["asked"]
+            apart = sorted(k for k in {*before, *self.asked} if before.get(k) != self.asked.get(k))
+            raise ValueError(
+                f"purify: resume must name the folder of the same run, but {path} differs in "
+                f"{', '.join(apart)}; give this run a folder of its own"
+            )
+        own = tensors_of(tuner)
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+        tuner.history[:] = [EpochRecord(**record) for record in facts["history"]]
+        _set_random(tensors, facts, tuner.settings.device)
+        for i, generator in enumerate(self._generators):
+            generator.set_state(tensors[f"random.loader.{i}"])
+        return True
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            right = facts.pop("digest") == _digest(tensors, facts)
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+        else:
+            if right and facts["format"] == FORMAT:
+                return tensors, facts
+            reason = "a wrong digest" if not right else f"the format {facts['format']!r}"
+        raise ValueError(
+            f"purify: resume found a damaged or foreign {path}, with {reason}; restore it from a "
+            "copy, or remove it to start anew"
+        )
+
+
+def tensors_of(tuner: Tuner) -> dict[str, Tensor]:
+    """All that the next epoch depends on, by name: between epochs, to be kept or filled."""
+    head, guard = tuner.head, tuner.guard
+    out = {f"model.{name}": value for name, value in tuner.model.state_dict().items()}
+    out |= {"head.weight0": head.weight0, "head.norm0": head.norm0}
+    out |= {"head.weight_momentum": head.weight_momentum, "guard.scale": guard.scale}
+    out |= {"guard.growth": guard.growth}
+    if head.bias_momentum is not None:
+        out["head.bias_momentum"] = head.bias_momentum
+    for i, parameter in enumerate(tuner.backbone):
+        if tuner.optimizer is not None and tuner.settings.momentum:
+            out[f"momentum.{i}"] = tuner.optimizer.state[parameter]["momentum_buffer"]
+    if tuner.average is not None:
+        out |= {f"average.{i}": value for i, value in enumerate(tuner.average.mean)}
+        out["average.count"] = tuner.average.count
+    return out
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's names and values."""
+    return _digest({name: value.cpu() for name, value in model.state_dict().items()}, {})
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    places = (loader, getattr(loader, "sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _random_tensors(device: torch.device) -> dict[str, Tensor]:
+    out = {"random.torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        out["random.cuda"] = torch.cuda.get_rng_state(device)
+    return out
+
+
+def _numpy_state() -> list[Any]:
+    # Transforms draw from NumPy's global state.
+    kind, key, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return [kind, np.asarray(key).tolist(), position, has_gauss, gauss]
+
+
+def _set_random(tensors: Mapping[str, Tensor], facts: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(tensors["random.torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    version, internal, gauss = facts["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, key, *rest = facts["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))  # noqa: NPY002
