@@ -225,6 +225,9 @@ TABLES = {
     "head": head,
     "head_step": head_step,
     "inject": inject,
+    "loop": loop,
+    "evaluate": evaluation,
+    "attacks": attacks,
 }
 
 
