@@ -25,7 +25,7 @@ from fst_fast.lab.train import TrainSettings, train
 
 ROOT = Path(__file__).parents[1]
 NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-WIDTH, TARGET, SEED = 16, 0, 0
+TARGET, SEED = 0, 0
 AUGMENTED = (TrainSettings(epochs=10, lr=0.1, precision="bf16"), Augment(pad=2))
 # BATT's own recipe has no augmentation.
 PLAIN = (TrainSettings(epochs=15, lr=0.1, precision="bf16"), None)
@@ -70,11 +70,11 @@ def siba():
     return triggers.SIBA(pattern)
 
 
-def build():
-    return models.resnet18(num_classes=10, width=WIDTH)
+def build(width):
+    return models.resnet18(num_classes=10, width=width)
 
 
-def manifest(how):
+def manifest(how, width):
     settings, augment = how.training
     return {
         "trigger": how.trigger and how.trigger().describe(),
@@ -82,15 +82,16 @@ def manifest(how):
         "target": TARGET,
         "training": asdict(settings),
         "augment": augment and asdict(augment),
-        "architecture": f"resnet18 of width {WIDTH}",
+        "architecture": f"resnet18 of width {width}",
     }
 
 
-def suspect(name, how, data, folder):
+def suspect(name, how, data, options):
     """The trained model."""
+    folder = options.suspects
     path = folder / f"{name.replace(' ', '-').rstrip('%')}.safetensors"
     if path.exists():
-        return checkpoint.load(path, build())
+        return checkpoint.load(path, build(options.width))
     images, labels = data.images, data.labels
     if how.trigger is not None:
         trigger = how.trigger()
@@ -100,13 +101,18 @@ def suspect(name, how, data, folder):
         images, labels = bad.images, bad.labels
     settings, augment = how.training
     loader = DeviceLoader(
-        *(images, labels, 128), seed=SEED, augment=augment, normalize=NORMALIZE, drop_last=True
+        *(images, labels, 128),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        seed=SEED,
+        augment=augment,
+        normalize=NORMALIZE,
+        drop_last=True,
     )
     torch.manual_seed(SEED)
-    model = build()
+    model = build(options.width)
     train(model, loader, settings, lambda *told: print(name, *told, flush=True))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, model, manifest(how))
+    checkpoint.save(path, model, manifest(how, options.width))
     return model
 
 
@@ -138,7 +144,7 @@ def tune(model, clean, run, seed, options):
 def rows_of(name, how, train_set, test, options):
     """Before, and after each method with each seed; after retuning too, with the first."""
     trigger = None if how.trigger is None else how.trigger()
-    model = suspect(name, how, train_set, options.suspects)
+    model = suspect(name, how, train_set, options)
     rows = [{"method": "before", **measure(model, test, trigger, options)}]
     clean = train_set.split(options.clean_images, seed=SEED)[0]
     for run in RUNS:
@@ -159,6 +165,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--suspects", type=Path, default=ROOT / "out" / "suspects")
+    parser.add_argument("--out", type=Path, default=records.default_folder())
+    parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument("--only", nargs="+", choices=SUSPECTS, default=list(SUSPECTS))
     parser.add_argument("--clean-images", type=int, default=1000)
     parser.add_argument("--test-images", type=int, help="measure on so many only")
@@ -175,7 +183,7 @@ def main():
     device = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     name = f"{date}-efficacy-{options.clean_images}-images.json"
-    path = records.default_folder() / device["type"] / name
+    path = options.out / device["type"] / name
     record = json.loads(path.read_text()) if path.exists() else {"suspects": {}}
     record |= {
         "date": date,
@@ -191,11 +199,11 @@ def main():
         how = SUSPECTS[name]
         if name not in record["suspects"]:
             rows = rows_of(name, how, train_set, test, options)
-            made = {**manifest(how), "developed": how.developed, "rows": rows}
+            made = {**manifest(how, options.width), "developed": how.developed, "rows": rows}
             record["suspects"][name] = strict_json(made, "suspect")
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, dump_json(record))
-            print(f"wrote {path.relative_to(ROOT)}", flush=True)
+            print(f"wrote {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ if command -v compute-sanitizer >/dev/null; then
       "$python" -m pytest -q tests/test_head_step.py tests/test_head_step_deferred.py \
       tests/test_head_deviation_loss.py \
       -k "cuda-cuda and (test_found_inf or test_ten_steps or test_parts or (one_setting and plain))"
+    part "sanitizer-$tool-inject" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q tests/test_inject.py -k "cuda and (odd or grey or four-channels)"
   done
 else
   echo "compute-sanitizer: not installed, left out"
@@ -33,4 +35,9 @@ fi
 for suite in head inject loop evaluate; do
   part "bench-$suite" 420 "$python" -m fst_fast.bench "$suite" --device cuda --record "$out"
 done
+# DATA: a folder with CIFAR-10 as train.npz and test.npz.
+if [ -n "${DATA:-}" ]; then
+  part efficacy 900 "$python" benchmarks/efficacy.py --data "$DATA" --suspects "$out/suspects" \
+    --width 64 --out "$out"
+fi
 exit $failed
