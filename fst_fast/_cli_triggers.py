@@ -1,19 +1,24 @@
-"""The command ``fst-fast triggers``: the zoo as a table, or as a picture."""
+"""The zoo on the command line: as a table, as a picture, and all at once on a model."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from . import triggers
+from .evaluate import Metrics
 from .files import replace_file
 from .lab import gallery
+from .triggers import Trigger
 
 PLAIN_WIDTH = 160
 
@@ -73,3 +78,38 @@ def _row(name: str) -> dict[str, Any]:
         "settings": settings,
         "needs": needed,
     }
+
+
+def battery(images: Tensor) -> dict[str, Trigger]:
+    """The zoo's triggers that need nothing given and fit these images [N, H, W, C]."""
+    found = {}
+    for name, kind in triggers.ZOO.items():
+        if gallery.needs(kind):
+            continue
+        trigger = kind()
+        try:
+            trigger.apply(images[:1])
+        except ValueError:
+            # Too large, or for colours.
+            continue
+        found[name] = trigger
+    return found
+
+
+def show_battery(found: Mapping[str, Metrics], target: int, as_json: bool) -> None:
+    """A table with the most successful first; it shows published triggers, and no others."""
+    if as_json:
+        print(json.dumps({name: asdict(metrics) for name, metrics in found.items()}, indent=2))
+        return
+    table = Table("trigger", f"taken for class {target}", "still right")
+    for name, metrics in sorted(found.items(), key=lambda item: -(item[1].attack_success or 0)):
+        rates = (metrics.attack_success, metrics.robust_accuracy)
+        table.add_row(name, *("-" if r is None else f"{100 * r:.1f} %" for r in rates))
+    any_metrics = next(iter(found.values()))
+    console = Console()
+    console.print(
+        f"clean accuracy {100 * any_metrics.clean_accuracy:.2f} % of {any_metrics.images}; "
+        "triggers with their default settings: an attack with another pattern does not show here",
+        highlight=False,
+    )
+    console.print(table, highlight=False)

@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(measure)
     measure.add_argument("--trigger", choices=sorted(triggers.ZOO))
     measure.add_argument(
+        "--battery",
+        action="store_true",
+        help="every trigger that needs nothing given, one by one: where the attack is not known",
+    )
+    measure.add_argument(
         "--trigger-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
     )
     measure.add_argument("--target", type=int, default=0, help="the attacker's class")
@@ -193,19 +198,21 @@ def _print_outcome(before: float, after: float, images: datasets.ImageSet, valid
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.battery and options.trigger is not None:
+        raise ValueError("--battery and --trigger must not be given together; leave one out")
+    model, _ = _load_model(options)
+    images = _load_images(options.data, options.size)
+    loader = _loader(options, images, shuffle=False)
+    settings = {"device": options.device, "precision": options.precision}
+    if options.battery:
+        battery = _cli_triggers.battery(images.images)
+        found = evaluate(model, loader, battery, options.target, **settings)
+        _cli_triggers.show_battery(found, options.target, options.json)
+        return 0
     trigger = None
     if options.trigger is not None:
         trigger = triggers.get(options.trigger, **_cli_values.options(options.trigger_option))
-    model, _ = _load_model(options)
-    loader = _loader(options, _load_images(options.data, options.size), shuffle=False)
-    metrics = evaluate(
-        model,
-        loader,
-        trigger,
-        options.target,
-        device=options.device,
-        precision=options.precision,
-    )
+    metrics = evaluate(model, loader, trigger, options.target, **settings)
     print(json.dumps(asdict(metrics), indent=2) if options.json else metrics)
     return 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class Metrics:
         )
 
 
+@overload
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -61,30 +64,68 @@ def evaluate(
     normalize: Normalization | None = None,
     device: torch.device | str | None = None,
     precision: str = "auto",
-) -> Metrics:
-    """Classify every image once as it is and, with a trigger, once triggered.
+) -> Metrics: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    trigger: Mapping[str, Trigger],
+    target: int = 0,
+    *,
+    normalize: Normalization | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+) -> dict[str, Metrics]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    trigger: Trigger | Mapping[str, Trigger] | None = None,
+    target: int = 0,
+    *,
+    normalize: Normalization | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+) -> Metrics | dict[str, Metrics]:
+    """Classify every image once as it is and, for each trigger, once triggered.
 
     Counts stay on the device until the end. The model runs in eval mode and is left as it was.
 
     Args:
         model: any image classifier.
-        loader: (images [B, C, H, W] float, labels [B] integer), without random augmentation.
-        trigger: put on the stored bytes, which are recovered from the images by ``normalize``.
+        loader: (images [B, C, H, W] float, labels [B] integer), without random augmentation, and
+            in the dataset's order for a trigger that goes by each image's number.
+        trigger: put on the stored bytes, which are recovered from the images by ``normalize``; or
+            several by name, for which the images as they are are classified only once.
         target: the attacker's class; its own images do not count towards attack success.
         normalize: the (mean, std) per channel, in units of 0..1, that the loader's images were
             normalised with; None takes it from a DeviceLoader, or else means 0..1.
         device: None takes the model's GPU, else any GPU, else the CPU.
         precision: "auto", "fp32", "bf16" or "fp16".
+    Returns:
+        The metrics; of several triggers by their names.
     Raises:
-        ValueError: an empty loader, bad batches, a target that is no class, or ``normalize`` does
-            not turn the images into pixels.
+        ValueError: an empty loader, bad batches, a target that is no class, no trigger in a
+            mapping, or ``normalize`` does not turn the images into pixels.
     """
+    if isinstance(trigger, Mapping):
+        named = dict(trigger)
+        if not named:
+            raise ValueError(
+                "evaluate: trigger must name at least one trigger, got an empty mapping"
+            )
+    else:
+        named = {} if trigger is None else {"": trigger}
     place = resolve_device(device, model)
     batches = Batches(loader, 1, "evaluate: loader")
     if normalize is None and isinstance(loader, DeviceLoader):
         normalize = loader.normalize
     kind = resolve_precision(precision, place)
-    return measure(model, batches, place, kind, trigger, target, normalize)
+    found = measure(model, batches, place, kind, named, target, normalize)
+    return found if isinstance(trigger, Mapping) else found[""]
 
 
 def measure(
@@ -92,14 +133,18 @@ def measure(
     batches: Batches,
     device: torch.device,
     precision: str,
-    trigger: Trigger | None = None,
+    triggers: Mapping[str, Trigger] | None = None,
     target: int = 0,
     normalize: Normalization | None = None,
-) -> Metrics:
-    """:func:`evaluate` on batches that are open already, with device and precision resolved."""
+) -> dict[str, Metrics]:
+    """:func:`evaluate` on batches that are open already, with device and precision resolved.
+
+    Returns:
+        The metrics by the triggers' names; without any, those of the name "".
+    """
     # Not inference_mode: what a model caches in its first forward must remain of use in training.
     with evaluating(model, device), torch.no_grad():
-        run = _Pass(model, device, precision, trigger, target, normalize)
+        run = _Pass(model, device, precision, triggers or {}, target, normalize)
         for batch in batches.epoch(0):
             run.add(*check_batch(batch, batches.where, device))
     return run.metrics()
@@ -113,17 +158,20 @@ class _Pass:
         model: nn.Module,
         device: torch.device,
         precision: str,
-        trigger: Trigger | None,
+        triggers: Mapping[str, Trigger],
         target: int,
         normalize: Normalization | None,
     ) -> None:
         self.model, self.device, self.precision = model, device, precision
-        self.trigger, self.target, self.normalize = trigger, target, normalize
+        self.triggers, self.target, self.normalize = triggers, target, normalize
         self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self.layout: torch.memory_format | None = None
         self.classes = 0
-        # [correct, images, attacked, robust, triggered]
-        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self.images = 0
+        # [correct, of other classes than the target]
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        # Of each trigger [attacked, robust].
+        self.triggered = torch.zeros(len(triggers), 2, dtype=torch.int64, device=device)
         self.labels_seen = torch.tensor([0, 0], device=device)  # [least, greatest]
 
     def add(self, images: Tensor, labels: Tensor) -> None:
@@ -133,23 +181,26 @@ class _Pass:
         if self.layout is None:
             self._start(images)
         predicted = self._classify(images)
+        others = labels != self.target
         self.counts[0] += (predicted == labels).sum()
-        self.counts[1] += len(labels)
+        self.counts[1] += others.sum()
         low, high = labels.aminmax()
         self.labels_seen[0].clamp_(max=low)
         self.labels_seen[1].clamp_(min=high)
-        if self.trigger is not None:
-            triggered = self.trigger.apply(recover_bytes(images, self.normalize))
-            predicted = self._classify(normalize_bytes(triggered, self.normalize))
-            others = labels != self.target
-            self.counts[2] += (others & (predicted == self.target)).sum()
-            self.counts[3] += (others & (predicted == labels)).sum()
-            self.counts[4] += others.sum()
+        if self.triggers:
+            stored = recover_bytes(images, self.normalize)
+            keys = torch.arange(self.images, self.images + len(images), device=self.device)
+            for trigger, counts in zip(self.triggers.values(), self.triggered, strict=True):
+                shown = normalize_bytes(trigger.apply(stored, keys), self.normalize)
+                predicted = self._classify(shown)
+                counts[0] += (others & (predicted == self.target)).sum()
+                counts[1] += (others & (predicted == labels)).sum()
+        self.images += len(labels)
 
     def _start(self, images: Tensor) -> None:
         """Look at the first batch: the layout, and whether it can be turned into pixels."""
         self.layout = memory_layout(self.model, images.to(self.dtype))
-        if self.trigger is not None:
+        if self.triggers:
             low, high = (v.item() for v in pixel_range(images, self.normalize))
             if low < -0.01 or high > 1.01:
                 raise ValueError(
@@ -173,7 +224,7 @@ class _Pass:
         self.classes = size[1]
         return logits.flatten(1).argmax(dim=1)
 
-    def metrics(self) -> Metrics:
+    def metrics(self) -> dict[str, Metrics]:
         low, high = self.labels_seen.tolist()
         for name, least, greatest in (("loader", low, high), ("target", self.target, self.target)):
             if least < 0 or greatest >= self.classes:
@@ -182,11 +233,17 @@ class _Pass:
                     f"evaluate: {name} must hold classes in 0..{self.classes - 1}, as the model "
                     f"has {self.classes}, got {wrong}; check the label mapping"
                 )
-        correct, total, attacked, robust, shown = self.counts.tolist()
-        return Metrics(
-            clean_accuracy=correct / total,
-            attack_success=attacked / shown if shown else None,
-            robust_accuracy=robust / shown if shown else None,
-            images=total,
-            triggered_images=shown,
-        )
+        correct, others = self.counts.tolist()
+        accuracy = correct / self.images
+        if not self.triggers:
+            return {"": Metrics(accuracy, None, None, self.images, 0)}
+        return {
+            name: Metrics(
+                clean_accuracy=accuracy,
+                attack_success=attacked / others if others else None,
+                robust_accuracy=robust / others if others else None,
+                images=self.images,
+                triggered_images=others,
+            )
+            for name, (attacked, robust) in zip(self.triggers, self.triggered.tolist(), strict=True)
+        }

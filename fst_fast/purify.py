@@ -198,7 +198,8 @@ def _validator(
     batches = Batches(validation, settings.epochs, "purify: validation")
 
     def validate(model: nn.Module) -> float:
-        return measure(model, batches, settings.device, settings.precision).clean_accuracy
+        found = measure(model, batches, settings.device, settings.precision)
+        return found[""].clean_accuracy
 
     return validate
 

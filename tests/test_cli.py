@@ -87,6 +87,21 @@ def test_evaluate(files, capsys):
     assert metrics["triggered_images"] == 24
 
 
+def test_a_battery_of_triggers(files, capsys):
+    arguments = ["evaluate", str(files / "suspect.pt"), *data(files), "--device", "cpu"]
+    assert main([*arguments, "--battery", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"badnets", "blended", "wanet", "refool"} <= set(found)
+    assert not {"siba", "ssba", "input-aware"} & set(found)
+    assert len({metrics["clean_accuracy"] for metrics in found.values()}) == 1
+    assert main([*arguments, "--trigger", "sig", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found["sig"]
+    assert main([*arguments, "--battery"]) == 0
+    assert "does not show here" in capsys.readouterr().out
+    assert main([*arguments, "--battery", "--trigger", "sig"]) == 1
+    assert "--battery and --trigger must not be given together" in capsys.readouterr().err
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out

@@ -318,3 +318,39 @@ def test_the_host_does_not_wait_batch_by_batch(monkeypatch):
     monkeypatch.setattr(module, "check_batch", lambda batch, *_: batch)
     few, many = (count_waits(size, monkeypatch) for size in (29, 3))
     assert 0 < few == many
+
+
+# Several triggers
+
+
+def test_several_triggers_share_the_clean_pass():
+    named = {"corner": BadNets(), "grey": BadNets(value=100), "top": BadNets(corner="top-right")}
+    model = Coded()
+    loader = DeviceLoader(IMAGES, LABELS, 16, shuffle=False)
+    found = evaluate(model, loader, named, TARGET)
+    # As they are and three times triggered, four batches each; two images look for the layout.
+    assert sum(len(x) for x in model.seen) <= 4 * COUNT + 4
+    assert list(found) == list(named)
+    for name, trigger in named.items():
+        assert found[name] == evaluate(Coded(), loader, trigger, TARGET), name
+    assert found["corner"].attack_success > found["grey"].attack_success
+
+
+class Numbered(Trigger):
+    """Writes each image's key into its first pixel."""
+
+    def _apply_with(self, images, keys):
+        out = images.clone()
+        out[:, 0, 0, 0] = (keys % K * STEP).to(torch.uint8)
+        return out
+
+
+def test_a_trigger_is_told_each_images_number():
+    loader = DeviceLoader(IMAGES, torch.arange(COUNT) % K, 16, shuffle=False)
+    found = evaluate(Coded(), loader, Numbered(), TARGET)
+    assert found.robust_accuracy == 1.0
+
+
+def test_no_triggers_are_refused():
+    with pytest.raises(ValueError, match="trigger must name at least one trigger, got an empty"):
+        evaluate(Coded(), DeviceLoader(IMAGES, LABELS), {})
