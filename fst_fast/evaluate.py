@@ -120,7 +120,7 @@ def evaluate(
     else:
         named = {} if trigger is None else {"": trigger}
     place = resolve_device(device, model)
-    batches = Batches(loader, 1, "evaluate: loader")
+    batches = Batches(loader, 1, "evaluate: loader", at_once=True)
     if normalize is None and isinstance(loader, DeviceLoader):
         normalize = loader.normalize
     kind = resolve_precision(precision, place)

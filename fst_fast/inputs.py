@@ -24,11 +24,13 @@ class Batches:
             (for one epoch) an iterator.
         epochs: how often it will be iterated.
         where: the function and argument to name in errors, such as "purify: loader".
+        at_once: the next epoch goes on behind the first batch, so that a DataLoader's workers
+            start once; random draws are then those of now, not of the epoch.
     Raises:
         ValueError: empty, not iterable, or a one-shot iterator for more than one epoch.
     """
 
-    def __init__(self, loader: Loader, epochs: int, where: str) -> None:
+    def __init__(self, loader: Loader, epochs: int, where: str, *, at_once: bool = False) -> None:
         self.loader = loader
         self.where = where
         self._seek(0)
@@ -49,6 +51,7 @@ class Batches:
                 f"{where} must yield at least one batch, got none; check the dataset's length, "
                 "batch_size and drop_last"
             ) from None
+        self._opened = iterator if at_once else None
 
     def _seek(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):
@@ -65,6 +68,9 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of one epoch (0-based), as the loader yields them."""
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            return itertools.chain([self.first], opened)
         self._seek(epoch)
         source = self._source()
         # A one-shot iterator has already given its first batch away.

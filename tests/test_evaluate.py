@@ -320,6 +320,20 @@ def test_the_host_does_not_wait_batch_by_batch(monkeypatch):
     assert 0 < few == many
 
 
+def test_a_loader_is_opened_once():
+    opened = []
+
+    class Counted(DataLoader):
+        def __iter__(self):
+            opened.append(1)
+            return super().__iter__()
+
+    loader = Counted(torch_loader().dataset, batch_size=10)
+    got = evaluate(Coded(NORMALIZE), loader, BadNets(), TARGET, normalize=NORMALIZE)
+    assert got == expected_metrics()
+    assert len(opened) == 1
+
+
 # Several triggers
 
 
