@@ -2,6 +2,7 @@
 
 import os
 
+import emulated_cases
 import pytest
 import torch
 
@@ -25,3 +26,14 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The CUDA ops, compiled for the CPU."""
+    return emulated_cases.load(tmp_path_factory)
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def ops(library, request):
+    return emulated_cases.Emulation(library, request.param)

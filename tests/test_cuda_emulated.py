@@ -3,7 +3,7 @@
 import pytest
 import torch
 from check import assert_no_worse_than_torch, assert_same_bits
-from emulated_cases import Emulation, load, needs_compiler
+from emulated_cases import needs_compiler
 from head_deviation_cases import ALPHA, DTYPES, Batch
 from torch.nn import functional as F
 
@@ -12,16 +12,6 @@ from fst_fast.reference.head_deviation_loss import head_deviation_loss as refere
 pytestmark = needs_compiler
 NAMES = ("loss", "cross_entropy", "penalty", "correct", "invalid")
 NAMES += ("d_features", "d_weight", "d_bias")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return load(tmp_path_factory)
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def ops(library, request):
-    return Emulation(library, request.param)
 
 
 def call(ops, batch, row_grad=None, weight_scale=None, alpha_scale=None, mask=(True,) * 3):

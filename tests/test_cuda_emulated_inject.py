@@ -3,23 +3,13 @@
 import pytest
 import torch
 from check import assert_same_bits
-from emulated_cases import Emulation, load, needs_compiler
+from emulated_cases import needs_compiler
 from inject_cases import DTYPES, SHAPES, STAGES, case, plain
 
 from fst_fast.ops import inject
 from fst_fast.ops.inject import no_triggers
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return load(tmp_path_factory)
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def ops(library, request):
-    return Emulation(library, request.param)
 
 
 def shifted(tensor, offset):

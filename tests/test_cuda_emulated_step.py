@@ -3,22 +3,12 @@
 import pytest
 import torch
 from check import assert_no_worse_than_torch, assert_same_bits
-from emulated_cases import Emulation, load, needs_compiler
+from emulated_cases import needs_compiler
 from head_step_cases import Head, norm_of
 
 from fst_fast.reference.head_step import head_step_ as reference_step
 
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return load(tmp_path_factory)
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def ops(library, request):
-    return Emulation(library, request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

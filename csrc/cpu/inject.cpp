@@ -1,5 +1,3 @@
-#include "../inject.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +5,8 @@
 
 #include <algorithm>
 #include <tuple>
+
+#include "../inject_tables.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -223,19 +223,7 @@ std::tuple<at::Tensor, at::Tensor> inject_cpu(const at::Tensor& images, const at
   call.images = images.const_data_ptr<uint8_t>();
   call.image_count = images.size(0);
   call.params = params.const_data_ptr<int32_t>();
-  call.tables = {table.const_data_ptr<int32_t>(),
-                 noise.const_data_ptr<float>(),
-                 patterns.const_data_ptr<int16_t>(),
-                 maps.const_data_ptr<uint8_t>(),
-                 sources.const_data_ptr<int32_t>(),
-                 coords.const_data_ptr<float>(),
-                 lookup.const_data_ptr<uint8_t>(),
-                 table.size(0),
-                 patterns.size(0),
-                 maps.size(0),
-                 sources.size(0),
-                 coords.size(0),
-                 lookup.size(0)};
+  call.tables = tables_of(table, noise, patterns, maps, sources, coords, lookup);
   call.channels_last = channels_last;
   check_rows(call, batch);
   auto* label = labels.mutable_data_ptr<int64_t>();

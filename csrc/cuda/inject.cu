@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../inject_tables.h"
 #include "inject_show.cuh"
 #include "inject_stage.cuh"
 #include "launch.h"
@@ -95,24 +96,6 @@ void launch_channels(const Problem<out_t>& a, int64_t batch, int64_t channels, b
 at::Tensor aligned(const at::Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   return address % 16 == 0 ? tensor : tensor.clone();
-}
-
-Tables tables_of(const at::Tensor& table, const at::Tensor& noise, const at::Tensor& patterns,
-                 const at::Tensor& maps, const at::Tensor& sources, const at::Tensor& coords,
-                 const at::Tensor& lookup) {
-  return {table.const_data_ptr<int32_t>(),
-          noise.const_data_ptr<float>(),
-          patterns.const_data_ptr<int16_t>(),
-          maps.const_data_ptr<uint8_t>(),
-          sources.const_data_ptr<int32_t>(),
-          coords.const_data_ptr<float>(),
-          lookup.const_data_ptr<uint8_t>(),
-          table.size(0),
-          patterns.size(0),
-          maps.size(0),
-          sources.size(0),
-          coords.size(0),
-          lookup.size(0)};
 }
 
 // The arguments have passed the Python op's checks; values are checked where they are read.
