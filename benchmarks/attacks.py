@@ -19,9 +19,9 @@ from fst_fast import DeviceLoader, checkpoint, evaluate
 from fst_fast.bench import machine, records
 from fst_fast.files import dump_json, replace_file, strict_json
 from fst_fast.lab import datasets, models
-from fst_fast.lab.poison import poison
 from fst_fast.lab.siba import find_siba
-from fst_fast.lab.train import TrainSettings, train
+from fst_fast.lab.suspect import Attack, train_suspect
+from fst_fast.lab.train import TrainSettings
 from fst_fast.triggers import SIBA, BattRotation
 
 NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -41,6 +41,8 @@ SEARCH_IMAGES = 4_000
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
+    if options.models is not None:
+        options.models.mkdir(parents=True, exist_ok=True)
     train_set = datasets.npz(options.data / "train.npz")
     if options.images is not None:
         train_set = train_set.split(options.images, seed=SEED)[0]
@@ -142,7 +144,7 @@ def make_trigger(name, record, path, train_set, test, options):
 def search(train_set, test, options):
     """Train the surrogate on clean images, and find the pattern on it."""
     settings = training(options.surrogate_epochs, options)
-    model, seconds = fit(train_set.images, train_set.labels, settings, "surrogate", options)
+    model, seconds = fit(train_set, None, settings, "surrogate", options)
     images = train_set.split(min(SEARCH_IMAGES, len(train_set)), seed=SEED)[0].images
     started = time.perf_counter()
     found = find_siba(
@@ -169,26 +171,15 @@ def search(train_set, test, options):
 
 def attack(name, trigger, rate, train_set, test, options):
     """Poison the stored bytes, train on them, measure: a row of the record."""
-    count = len(train_set)
-    # BATT turns every image that is not poisoned by some other angle.
-    cover = 1 - round(rate * count) / count if trigger.covers() else 0.0
-    bad = poison(
-        train_set.images,
-        train_set.labels,
-        trigger,
-        rate=rate,
-        target=TARGET,
-        cover=cover,
-        seed=SEED,
-    )
     settings = training(options.epochs, options)
-    model, seconds = fit(bad.images, bad.labels, settings, f"{name} {rate:.0%}", options)
+    made = attack_of(trigger, rate, len(train_set))
+    model, seconds = fit(train_set, made, settings, f"{name} {rate:.0%}", options)
     return {
         "attack": name,
         "rate": rate,
         "trigger": trigger.describe(),
-        "poisoned_images": int(bad.mask.sum()),
-        "cover_images": round(cover * count),
+        "poisoned_images": round(rate * len(train_set)),
+        "cover_images": round(made.cover * len(train_set)),
         "training_seconds": seconds,
         **measure(model, test, trigger, options),
         "threads": options.threads,
@@ -196,21 +187,26 @@ def attack(name, trigger, rate, train_set, test, options):
     }
 
 
-def fit(images, labels, settings, name, options):
+def attack_of(trigger, rate, count):
+    """All-to-one; BATT turns every image that is not poisoned by some other angle."""
+    cover = 1 - round(rate * count) / count if trigger.covers() else 0.0
+    return Attack(trigger, rate, TARGET, cover)
+
+
+def fit(data, made, settings, name, options):
     """A model trained on these, and the seconds that took."""
-    loader = DeviceLoader(
-        images,
-        labels,
-        BATCH,
-        device=options.device,
-        seed=SEED,
-        augment=AUGMENT,
+    model, seconds = train_suspect(
+        lambda: models.resnet18(num_classes=10, width=WIDTH),
+        data,
+        made,
+        settings,
         normalize=NORMALIZE,
-        drop_last=True,
+        augment=AUGMENT,
+        batch_size=BATCH,
+        seed=SEED,
+        device=options.device,
+        on_epoch=teller(name),
     )
-    torch.manual_seed(SEED)
-    model = models.resnet18(num_classes=10, width=WIDTH)
-    seconds = train(model, loader, settings, teller(name))
     if options.models is not None:
         path = options.models / f"{name.replace(' ', '-').rstrip('%')}.safetensors"
         checkpoint.save(path, model, {"training": asdict(settings)})

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import attacks
 import torch
+from attacks import NORMALIZE, SEED, TARGET
 
 from fst_fast import Augment, DeviceLoader, checkpoint, evaluate, methods, purify, triggers
 from fst_fast.bench import machine, records
 from fst_fast.files import dump_json, replace_file, strict_json
 from fst_fast.lab import datasets, models
-from fst_fast.lab.poison import poison
 from fst_fast.lab.reattack import retune
-from fst_fast.lab.train import TrainSettings, train
+from fst_fast.lab.suspect import train_suspect
+from fst_fast.lab.train import TrainSettings
 
 ROOT = Path(__file__).parents[1]
-NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-TARGET, SEED = 0, 0
 AUGMENTED = (TrainSettings(epochs=10, lr=0.1, precision="bf16"), Augment(pad=2))
 # BATT's own recipe has no augmentation.
 PLAIN = (TrainSettings(epochs=15, lr=0.1, precision="bf16"), None)
@@ -63,11 +63,8 @@ RUNS = [
 def siba():
     """The pattern that benchmarks/attacks.py found."""
     path = sorted((ROOT / "benchmarks" / "results").glob("*/*-attacks.json"))[-1]
-    pattern = torch.zeros(32, 32, 3, dtype=torch.int16)
-    for line in json.loads(path.read_text())["siba"]["pattern"]:
-        row, column, *change = map(int, line.split())
-        pattern[row, column] = torch.tensor(change, dtype=torch.int16)
-    return triggers.SIBA(pattern)
+    lines = json.loads(path.read_text())["siba"]["pattern"]
+    return triggers.SIBA(attacks.unpack(lines, (32, 32, 3)))
 
 
 def build(width):
@@ -92,25 +89,21 @@ def suspect(name, how, data, options):
     path = folder / f"{name.replace(' ', '-').rstrip('%')}.safetensors"
     if path.exists():
         return checkpoint.load(path, build(options.width))
-    images, labels = data.images, data.labels
+    attack = None
     if how.trigger is not None:
-        trigger = how.trigger()
-        # BATT turns every image that is not poisoned by some other angle.
-        cover = 1 - how.rate if trigger.covers() else 0.0
-        bad = poison(images, labels, trigger, rate=how.rate, target=TARGET, cover=cover, seed=SEED)
-        images, labels = bad.images, bad.labels
+        attack = attacks.attack_of(how.trigger(), how.rate, len(data))
     settings, augment = how.training
-    loader = DeviceLoader(
-        *(images, labels, 128),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        seed=SEED,
-        augment=augment,
+    model, _ = train_suspect(
+        lambda: build(options.width),
+        data,
+        attack,
+        settings,
         normalize=NORMALIZE,
-        drop_last=True,
+        augment=augment,
+        seed=SEED,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        on_epoch=attacks.teller(name),
     )
-    torch.manual_seed(SEED)
-    model = build(options.width)
-    train(model, loader, settings, lambda *told: print(name, *told, flush=True))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, model, manifest(how, options.width))
     return model

@@ -44,8 +44,7 @@ def models():
         return resnet8(num_classes=4, width=4)
 
     made = {}
-    for name, rate in (("suspect", 0.1), ("clean", 0.0025)):
-        attack = Attack(TRIGGER, rate)
+    for name, attack in (("suspect", Attack(TRIGGER, 0.1)), ("clean", None)):
         made[name], _ = train_suspect(build, data, attack, settings, normalize=NORMALIZE)
     return SimpleNamespace(**made)
 

@@ -23,18 +23,20 @@ class Attack:
     trigger: Trigger
     rate: float
     target: int = 0
+    cover: float = 0.0
 
 
 def train_suspect(
     build: Callable[[], nn.Module],
     data: ImageSet,
-    attack: Attack,
+    attack: Attack | None,
     settings: TrainSettings,
     *,
     normalize: Normalization | None,
     augment: Augment | None = None,
     batch_size: int = 128,
     seed: int = 0,
+    device: torch.device | str | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> tuple[nn.Module, float]:
     """Build a model and train it on the poisoned data.
@@ -42,26 +44,32 @@ def train_suspect(
     Args:
         build: makes the model; called with torch seeded.
         data: the clean training set.
-        attack: what to do to it.
+        attack: what to do to it; None leaves it clean.
         settings: how to train.
         normalize, augment, batch_size: of the loader.
         seed: of the poisoning, the initial weights and the batches.
+        device: to train on; None keeps the data's.
         on_epoch: as for :func:`~fst_fast.lab.train.train`.
     Returns:
         The model, in eval mode, and the seconds of training.
     """
-    poisoned = poison(
-        data.images,
-        data.labels,
-        attack.trigger,
-        rate=attack.rate,
-        target=attack.target,
-        seed=seed,
-    )
+    images, labels = data.images, data.labels
+    if attack is not None:
+        poisoned = poison(
+            images,
+            labels,
+            attack.trigger,
+            rate=attack.rate,
+            target=attack.target,
+            cover=attack.cover,
+            seed=seed,
+        )
+        images, labels = poisoned.images, poisoned.labels
     loader = DeviceLoader(
-        poisoned.images,
-        poisoned.labels,
+        images,
+        labels,
         batch_size,
+        device=device,
         seed=seed,
         augment=augment,
         normalize=normalize,
