@@ -18,9 +18,8 @@ from . import triggers
 from .evaluate import Metrics
 from .files import replace_file
 from .lab import gallery
+from .progress import table_console
 from .triggers import Trigger
-
-PLAIN_WIDTH = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +37,16 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--size must be in 16..1024, got {options.size}; try 32, 64 or 224")
     if options.out is not None and options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {options.out}")
-    if options.image is None:
-        image = gallery.landscape(options.size)
-    else:
-        image = gallery.read_image(options.image, options.size)
-    found = gallery.examples(options.only, image)
+    names = gallery.names(options.only)
+    image = options.image and gallery.read_image(options.image, options.size)
     if options.out is not None:
-        picture = gallery.draw(found, image)
+        image = gallery.landscape(options.size) if image is None else image
+        picture = gallery.draw(gallery.examples(names, image), image)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(options.out, picture)
         print(f"wrote {options.out}")
         return 0
-    rows = [_row(example.name) for example in found]
+    rows = [_row(name) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -58,10 +55,7 @@ def run(options: argparse.Namespace) -> int:
         settings = [f"{name}={value}" for name, value in row["settings"].items()]
         settings += [f"{name} (must be given)" for name in row["needs"]]
         table.add_row(row["name"], row["summary"], row["family"], ", ".join(settings))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH, color_system=None)
-    console.print(table, highlight=False)
+    table_console(width=160).print(table, highlight=False)
     return 0
 
 

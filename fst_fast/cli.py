@@ -244,13 +244,9 @@ def _text(value: Any) -> str:
 
 
 def _method(options: argparse.Namespace) -> methods.Method:
-    given = {"project": options.project}
-    name = options.method
-    if options.alpha != "auto":
-        given["alpha"] = options.alpha
-    elif name == "fst":
-        name = "fst_auto"
-    return methods.get(name, **{key: value for key, value in given.items() if value is not None})
+    given = {"alpha": options.alpha, "project": options.project}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return methods.get(options.method, **settings)
 
 
 def _load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:

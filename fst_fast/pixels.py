@@ -55,6 +55,17 @@ def normalize_table(
     return normalize_bytes(levels, normalize).flatten(1).t().to(dtype).contiguous()
 
 
+def normalize_affine(channels: int, normalize: Normalization | None) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each [channels, 1, 1] float32 on the CPU: ``pixels * scale + shift``.
+
+    Of pixels in 0..1, which need not be bytes; within float32's rounding of normalize_bytes().
+    """
+    # What 0 and 255 become says it all.
+    table = normalize_table(channels, normalize)
+    shift = table[:, :1, None]
+    return table[:, 255:, None] - shift, shift
+
+
 def _pixels(images: Tensor, normalize: Normalization | None) -> Tensor:
     """[N, C, H, W] network inputs in units of 0..1."""
     if normalize is None:

@@ -33,6 +33,14 @@ class EpochRecord:
     seconds: float
 
 
+def table_console(console: Console | None = None, width: int = 180) -> Console:
+    """Where to print a wide table: plain text of that width where the output is no terminal."""
+    console = console or Console()
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=width, color_system=None)
+
+
 class ProgressReport:
     """Shows epochs as they end; a context manager.
 

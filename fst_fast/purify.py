@@ -175,8 +175,6 @@ def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
     if isinstance(alpha, str) and alpha != "auto":
         raise ValueError(f'purify: alpha must be a number, "auto" or None, got {alpha!r}')
     if isinstance(method, str):
-        if alpha == "auto":
-            return methods.get("fst_auto" if method == "fst" else method)
         return methods.get(method, **({} if alpha is None else {"alpha": alpha}))
     if not isinstance(method, Method):
         raise ValueError(

@@ -19,10 +19,6 @@ from fst_fast.methods.fst_auto import FSTAuto
 LR, MOMENTUM = 0.05, 0.9
 
 
-def statistics(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
-
-
 def by_the_book(model, batches, method, epochs, seed):
     """The method by ordinary PyTorch, step by step."""
     model = copy.deepcopy(model)

@@ -34,6 +34,11 @@ def test_a_new_method_is_one_new_file(tmp_path, monkeypatch):
     assert methods.get("noisy", scale=3.0).scale == 3.0
 
 
+def test_auto_is_a_word_of_fst():
+    assert methods.get("fst", alpha="auto", project=False) == methods.get("fst_auto", project=False)
+    assert methods.get("ft", alpha="auto") == methods.get("ft")
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match="method 'lp' does not take alpha, beta"):
         methods.get("lp", alpha=1.0, beta=2.0)

@@ -50,11 +50,7 @@ def measure(case: InjectCase, settings: Settings) -> dict[str, Any]:
     blocks = suite.time_in_turn(dict.fromkeys(right), sets, settings)
     rows = []
     for variant, facts in right.items():
-        times = timing.summarise(blocks[variant.name])
-        for base in inject_peers.BASELINES:
-            if base in blocks:
-                ratio, between = timing.speedup(blocks[variant.name], blocks[base])
-                times |= {f"speedup_over_{base}": ratio, f"speedup_range_{base}": between}
+        times = timing.against(blocks, variant.name, *inject_peers.BASELINES)
         rate = case.bytes / times["p50_us"] / 1e3
         rows.append({**facts.row(variant), **times, "gb_per_s": rate})
     return {

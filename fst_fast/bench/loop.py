@@ -233,19 +233,15 @@ def measure(case: LoopCase, settings: Settings) -> dict[str, Any]:
         reasons[rung] = judge(found, truth, inputs, rung)
     right = [rung for rung, reason in reasons.items() if reason is None]
     blocks = suite.time_in_turn(dict.fromkeys(right), [(inputs, case)], settings)
-    rows = []
-    for rung in right:
-        ratio, between = timing.speedup(blocks[rung.name], blocks[BASE])
-        rows.append(
-            {
-                "variant": rung.name,
-                "ours": rung.ours,
-                "reason": None,
-                **timing.summarise(blocks[rung.name]),
-                f"speedup_over_{BASE}": ratio,
-                f"speedup_range_{BASE}": between,
-            }
-        )
+    rows = [
+        {
+            "variant": rung.name,
+            "ours": rung.ours,
+            "reason": None,
+            **timing.against(blocks, rung.name, BASE),
+        }
+        for rung in right
+    ]
     return {
         "op": case.op,
         "shape": list(case.shape),

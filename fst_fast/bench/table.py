@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fst_fast.progress import table_console
+
 HEAD_COLUMNS = (
     "case",
     "variant",
@@ -24,16 +26,13 @@ INJECT_COLUMNS = (
     *("GB/s", "of copy's", "same as the reference"),
 )
 LOOP_COLUMNS = ("case", "variant", "p20", "p50", "p80", "x plain", "by round")
-PLAIN_WIDTH = 180
 # Below that of float32 a ratio of errors says nothing.
 ROUNDING = 6e-8
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print one table; plain text where the output is no terminal."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=PLAIN_WIDTH, color_system=None)
+    console = table_console(console)
     commit = (record["commit"] or "no commit")[:7] + (" + changes" if record["dirty"] else "")
     lines = [f"{record['device']['name']}, torch {record['versions']['torch']}, {commit}"]
     for row in record["machine"]:

@@ -162,6 +162,16 @@ def summarise(blocks: Sequence[Block]) -> dict[str, Any]:
     }
 
 
+def against(blocks: Mapping[str, Sequence[Block]], name: str, *bases: str) -> dict[str, Any]:
+    """:func:`summarise` of a variant, and its :func:`speedup` over each of the bases there are."""
+    out = summarise(blocks[name])
+    for base in bases:
+        if base in blocks:
+            ratio, between = speedup(blocks[name], blocks[base])
+            out |= {f"speedup_over_{base}": ratio, f"speedup_range_{base}": between}
+    return out
+
+
 def speedup(blocks: Sequence[Block], base: Sequence[Block]) -> tuple[float, list[float]]:
     """How many times as fast as the baseline: the ratio of medians, and its range.
 

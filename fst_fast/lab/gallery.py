@@ -37,21 +37,28 @@ class Example:
     note: str = ""
 
 
-def examples(names: Sequence[str] | None, image: Tensor) -> list[Example]:
-    """The zoo's triggers, those that need something given a stand-in of our own.
+def names(only: Sequence[str] | None) -> list[str]:
+    """Those of ``triggers.ZOO`` that are asked for; None is all.
 
-    Args:
-        names: of ``triggers.ZOO``; None for all.
-        image: [H, W, 3] uint8, what they will be shown on.
     Raises:
         ValueError: an unknown name.
     """
-    for name in names or ():
+    for name in only or ():
         if name not in triggers.ZOO:
             raise ValueError(
                 f"triggers: --only must name some of {sorted(triggers.ZOO)}, got {name!r}"
             )
-    return [_example(name, image) for name in names or triggers.ZOO]
+    return list(only or triggers.ZOO)
+
+
+def examples(only: Sequence[str] | None, image: Tensor) -> list[Example]:
+    """The zoo's triggers, those that need something given with a stand-in of our own.
+
+    Args:
+        only: as of :func:`names`.
+        image: [H, W, 3] uint8, what they will be shown on.
+    """
+    return [_example(name, image) for name in names(only)]
 
 
 def _example(name: str, image: Tensor) -> Example:

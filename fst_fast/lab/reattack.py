@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..data import DeviceLoader
 from ..heads import logits_of
 from ..inputs import autocast, resolve_device, resolve_precision
-from ..pixels import Normalization, normalize_bytes, normalize_table
+from ..pixels import Normalization, normalize_affine, normalize_bytes
 from ..state import evaluating, seeded
 from ..triggers import Trigger
 from .datasets import ImageSet
@@ -234,10 +234,7 @@ class _Networks:
     ) -> None:
         self.purified, self.retuned, self.clean = purified, retuned, clean_model
         self.device = device
-        # Normalising is affine: what 0 and 255 become says it all.
-        table = normalize_table(channels, normalize)
-        self.shift = table[:, :1, None].to(device)  # [C, 1, 1]
-        self.scale = table[:, 255:, None].to(device) - self.shift
+        self.scale, self.shift = (t.to(device) for t in normalize_affine(channels, normalize))
 
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
         return logits_of(model(pixels * self.scale + self.shift)).flatten(1)

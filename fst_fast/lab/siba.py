@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..data import DeviceLoader
 from ..heads import logits_of
 from ..inputs import autocast, memory_layout, resolve_device, resolve_precision
-from ..pixels import Normalization, normalize_table
+from ..pixels import Normalization, normalize_affine
 from ..triggers.base import check_images
 
 # Of epsilon, for each step: the paper's.
@@ -127,10 +127,8 @@ class _Objective:
         self.target, self.beta = target, beta
         self.dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         self.layout: torch.memory_format | None = None
-        # Normalising is affine: what 0 and 255 become says it all.
-        table = normalize_table(channels, normalize)
-        self.shift = table[:, :1, None].to(device)  # [C, 1, 1]
-        self.scale = (table[:, 255:, None].to(device) - self.shift) / 255
+        scale, shift = normalize_affine(channels, normalize)
+        self.scale, self.shift = scale.to(device) / 255, shift.to(device)
 
     @torch.enable_grad()
     def __call__(self, images: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,14 @@ def available() -> tuple[str, ...]:
 def get(name: str, **settings: Any) -> Method:
     """The method of this name with the given settings.
 
+    ``alpha="auto"`` makes "fst" "fst_auto", and is the same as none for any other.
+
     Raises:
         ValueError: there is no such method, or it does not take one of the settings.
     """
+    if settings.get("alpha") == "auto":
+        del settings["alpha"]
+        name = "fst_auto" if name == "fst" else name
     if name not in available():
         raise ValueError(f"purify: method must be one of {list(available())}, got {name!r}")
     module = importlib.import_module(f".{name}", __name__)
