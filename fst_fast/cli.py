@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--augment", choices=("none", "cifar"), default="none")
     tune.add_argument("--head", help="qualified name of the classification layer")
     tune.add_argument("--backend", choices=backends.NAMES)
+    tune.add_argument("--threads", type=int, help="of PyTorch, on a CPU; default: by a trial")
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
         "--resume", type=Path, help="folder of the run's state, to go on after a stop"
@@ -159,6 +160,7 @@ def _purify(options: argparse.Namespace) -> int:
         validation=validation,
         device=options.device,
         precision=options.precision,
+        threads=options.threads,
         backend=options.backend,
         seed=options.seed,
         resume=options.resume,

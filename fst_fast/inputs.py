@@ -200,8 +200,12 @@ def resolve_device(device: torch.device | str | None, model: nn.Module) -> torch
     return resolved
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16"; "auto" is fp32 on the CPU and half precision on a GPU.
+def resolve_precision(
+    precision: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> str:
+    """ "fp32", "bf16" or "fp16"; "auto" is the fastest that the device has instructions for.
+
+    A model whose weights are not float32 keeps to its own dtype, which is called "fp32" here.
 
     Raises:
         ValueError: an unknown precision.
@@ -210,9 +214,22 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision
-    if device.type != "cuda":
+    if dtype != torch.float32:
         return "fp32"
+    if device.type != "cuda":
+        return "bf16" if native_bf16() else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the model's weights; float32 where it has none."""
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def native_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX)."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

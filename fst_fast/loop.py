@@ -37,6 +37,7 @@ class LoopSettings:
     device: torch.device
     precision: str
     channels_last: bool
+    threads: int | None
     backend: str | None
 
 

@@ -7,13 +7,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, methods
+from .arrangement import Wishes, arrange, threads_of
 from .evaluate import measure
 from .features import tap_features
 from .heads import find_head, head_matrix, head_name, unwrap
@@ -21,7 +22,6 @@ from .inputs import (
     Batches,
     Loader,
     check_batch,
-    memory_layout,
     resolve_device,
     resolve_precision,
 )
@@ -29,7 +29,7 @@ from .loop import Callback, LoopSettings, Tuner
 from .methods import Method
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
-from .resume import RunFolder, fingerprint
+from .resume import RunFolder, arrangement_of, fingerprint
 from .state import evaluating, seeded, tuning
 
 
@@ -46,6 +46,8 @@ def purify(
     validation: Loader | None = None,
     device: torch.device | str | None = None,
     precision: str = "auto",
+    channels_last: bool | None = None,
+    threads: int | None = None,
     graphs: bool | str = "auto",
     backend: str | None = None,
     seed: int = 0,
@@ -80,7 +82,13 @@ def purify(
             certainty.
         validation: clean batches for the accuracy in the history; None uses the tuning batches.
         device: None takes the model's GPU, else any GPU, else the CPU.
-        precision: "auto" (fp32 on the CPU; bf16, or else fp16, on a GPU), "fp32", "bf16", "fp16".
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has instructions for
+            it, else fp16 on a GPU and fp32 on a CPU. On a CPU a run of 40 steps or more begins with
+            a trial of a few steps, which takes fp32, another layout or fewer threads where that is
+            1.2 times as fast. What was taken is in the result's settings, and may be given here to
+            have the same bits on a busier machine.
+        channels_last: memory layout of weights and images; None takes the faster one.
+        threads: of PyTorch during the run, on a CPU; None takes as many as it has, or fewer.
         graphs: CUDA graphs; "auto" and False run without them in this version.
         backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
         seed: of the new head and of every random draw during the run. The global random state is
@@ -105,18 +113,11 @@ def purify(
     epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
     backends.choose("head_step_", place, backend)
-    settings = LoopSettings(
-        epochs=epochs,
-        lr=lr,
-        momentum=momentum,
-        device=place,
-        precision=resolve_precision(precision, place),
-        channels_last=False,
-        backend=backend,
-    )
+    wishes = Wishes(precision, channels_last, threads)
+    resolve_precision(precision, place)
     batches = Batches(loader, epochs, "purify: loader")
-    validate = _validator(validation, settings)
-    images, _ = check_batch(batches.first, batches.where, place)
+    judged = None if validation is None else Batches(validation, epochs, "purify: validation")
+    images, labels = check_batch(batches.first, batches.where, place)
     plain = unwrap(model)
     _check_weights(plain)
     _check_takes(plain, images)
@@ -126,9 +127,15 @@ def purify(
     tuned = plain if inplace else copy.deepcopy(plain)
     started = time.perf_counter()
     with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
-        settings = replace(settings, channels_last=_use_channels_last(tuned, images, place))
+        arrangement = None if resume is None else arrangement_of(resume)
+        if arrangement is None:
+            trains, steps = chosen.trains != "head", _steps(loader, epochs)
+            arrangement = arrange(tuned, images, labels, wishes, steps=steps, trains=trains)
+        arrangement.lay_out(tuned)
+        settings = LoopSettings(epochs, lr, momentum, place, **asdict(arrangement), backend=backend)
         tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, images, seed)
-        with seeded(seed, place):
+        validate = _validator(judged, settings)
+        with seeded(seed, place), threads_of(settings.threads):
             keep = None
             if resume is not None:
                 keep = _go_on(resume, tuner, asked, loader, report)
@@ -189,17 +196,23 @@ def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
 
 
 def _validator(
-    validation: Loader | None, settings: LoopSettings
+    judged: Batches | None, settings: LoopSettings
 ) -> Callable[[nn.Module], float] | None:
-    if validation is None:
+    if judged is None:
         return None
-    batches = Batches(validation, settings.epochs, "purify: validation")
 
     def validate(model: nn.Module) -> float:
-        found = measure(model, batches, settings.device, settings.precision)
-        return found[""].clean_accuracy
+        return measure(model, judged, settings.device, settings.precision)[""].clean_accuracy
 
     return validate
+
+
+def _steps(loader: Loader, epochs: int) -> int | None:
+    """Of the whole run; None where the loader does not tell its length."""
+    try:
+        return epochs * len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -270,13 +283,3 @@ def _go_on(
     if run.restore(tuner):
         report.note(f"purify: goes on behind epoch {len(tuner.history)} of {tuner.settings.epochs}")
     return run.keep
-
-
-def _use_channels_last(model: nn.Module, images: Tensor, device: torch.device) -> bool:
-    """Put the weights into the faster layout that the model takes; true for channels-last."""
-    example = images[:2].to(device, next(model.parameters()).dtype)
-    # Weights first: of a one-channel image alone, both layouts look the same.
-    model.to(memory_format=torch.channels_last)
-    layout = memory_layout(model, example)
-    model.to(memory_format=layout)
-    return layout == torch.channels_last

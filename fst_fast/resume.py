@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .arrangement import Arrangement
 from .files import TEMPORARIES, replace_file
 from .loop import Tuner
 from .progress import EpochRecord
@@ -84,7 +85,7 @@ class RunFolder:
         path = self.folder / NAME
         if not path.exists():
             return False
-        tensors, facts = self._read(path)
+        tensors, facts = _read(path)
         if facts["asked"] != self.asked:
             before = facts["asked"]
             apart = sorted(k for k in {*before, *self.asked} if before.get(k) != self.asked.get(k))
@@ -102,22 +103,35 @@ class RunFolder:
             generator.set_state(tensors[f"random.loader.{i}"])
         return True
 
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            right = facts.pop("digest") == _digest(tensors, facts)
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
-        else:
-            if right and facts["format"] == FORMAT:
-                return tensors, facts
-            reason = "a wrong digest" if not right else f"the format {facts['format']!r}"
-        raise ValueError(
-            f"purify: resume found a damaged or foreign {path}, with {reason}; restore it from a "
-            "copy, or remove it to start anew"
-        )
+
+def arrangement_of(folder: str | Path) -> Arrangement | None:
+    """How the steps of the run in the folder were computed; None where there is no run yet.
+
+    What a trial chose must stay: it is part of the bits.
+    """
+    path = Path(folder) / NAME
+    if not path.exists():
+        return None
+    _, facts = _read(path)
+    return Arrangement(*(facts["asked"][field.name] for field in dataclasses.fields(Arrangement)))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        right = facts.pop("digest") == _digest(tensors, facts)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    else:
+        if right and facts["format"] == FORMAT:
+            return tensors, facts
+        reason = "a wrong digest" if not right else f"the format {facts['format']!r}"
+    raise ValueError(
+        f"purify: resume found a damaged or foreign {path}, with {reason}; restore it from a "
+        "copy, or remove it to start anew"
+    )
 
 
 def tensors_of(tuner: Tuner) -> dict[str, Tensor]:

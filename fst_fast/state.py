@@ -54,6 +54,26 @@ def tuning(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever runs forward and backward within leaves no trace: buffers, modes, random state."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next((p.device for p in flags), torch.device("cpu"))
+    try:
+        with seeded(0, device):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch, NumPy and random, which transforms draw from; put their states back after."""
     # Transforms draw from NumPy's global state, so that is what must be seeded.

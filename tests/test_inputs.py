@@ -12,6 +12,7 @@ from fst_fast.inputs import (
     Batches,
     check_batch,
     memory_layout,
+    native_bf16,
     resolve_device,
     resolve_precision,
 )
@@ -255,7 +256,8 @@ def test_devices_without_a_gpu():
 
 
 def test_precisions():
-    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("auto", CPU) == ("bf16" if native_bf16() else "fp32")
+    assert resolve_precision("auto", CPU, torch.float64) == "fp32"
     for device, name in itertools.product((CPU, torch.device("cuda")), ("fp32", "bf16", "fp16")):
         assert resolve_precision(name, device) == name
     for wrong in ("float16", "FP32", None):

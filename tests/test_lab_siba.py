@@ -153,6 +153,7 @@ def test_it_is_the_published_loop(beta, every, seed):
         mask_every=every,
         seed=seed,
         normalize=NORMALIZE,
+        precision="fp32",
     )
     assert found.history == pytest.approx(history, rel=1e-4)
     assert torch.equal(found.pattern, pattern)
