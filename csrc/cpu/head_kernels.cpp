@@ -22,28 +22,39 @@ GemmBFloat16 gemm_pairs();
 }
 #endif
 
+// A set's table is made by code of that set, which other processors cannot run.
 template <>
 const HeadKernels<float>& head_kernels<float>() {
-  static const HeadKernels<float> kernels[] = {
-      baseline::make_kernels<float>(),
 #ifdef FST_FAST_X86_LEVELS
-      v3::float_kernels(),
-      v4::float_kernels(),
+  const int chosen = instruction_set.load(std::memory_order_relaxed);
+  if (chosen == 2) {
+    static const HeadKernels<float> kernels = v4::float_kernels();
+    return kernels;
+  }
+  if (chosen == 1) {
+    static const HeadKernels<float> kernels = v3::float_kernels();
+    return kernels;
+  }
 #endif
-  };
-  return kernels[instruction_set.load(std::memory_order_relaxed)];
+  static const HeadKernels<float> kernels = baseline::make_kernels<float>();
+  return kernels;
 }
 
 template <>
 const HeadKernels<double>& head_kernels<double>() {
-  static const HeadKernels<double> kernels[] = {
-      baseline::make_kernels<double>(),
 #ifdef FST_FAST_X86_LEVELS
-      v3::double_kernels(),
-      v4::double_kernels(),
+  const int chosen = instruction_set.load(std::memory_order_relaxed);
+  if (chosen == 2) {
+    static const HeadKernels<double> kernels = v4::double_kernels();
+    return kernels;
+  }
+  if (chosen == 1) {
+    static const HeadKernels<double> kernels = v3::double_kernels();
+    return kernels;
+  }
 #endif
-  };
-  return kernels[instruction_set.load(std::memory_order_relaxed)];
+  static const HeadKernels<double> kernels = baseline::make_kernels<double>();
+  return kernels;
 }
 
 GemmBFloat16 gemm_bfloat16() {
