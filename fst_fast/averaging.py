@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,22 +42,28 @@ class WeightAverage:
 
 
 @contextmanager
-def fresh_statistics(model: nn.Module) -> Iterator[bool]:
+def fresh_statistics(model: nn.Module) -> Iterator[Callable[[int], None] | None]:
     """Batch norm forgets its statistics and averages over what is run within, in train mode.
 
-    Yields whether there is any to be measured.
+    Yields what is to be called with 1, 2, ... before each batch, or None where there is nothing to
+    be measured.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = {layer: layer.momentum for layer in layers}
     modes = {module: module.training for module in model.modules()}
+
+    def weigh(count: int) -> None:
+        # What momentum=None does, but that waits for the device to tell the count.
+        for layer in layers:
+            layer.momentum = 1 / count
+
     # Nothing but batch norm in train mode: dropout would disturb what is measured.
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None
         layer.train()
     try:
-        yield bool(layers)
+        yield weigh if layers else None
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum

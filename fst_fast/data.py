@@ -178,10 +178,20 @@ class DeviceLoader:
         out.normalize = lifted.normalize
         return out
 
+    @property
+    def greatest_label(self) -> int:
+        """Of all images, poisoned ones included; -1 without any."""
+        return int(self._fate[:, 1].max()) if len(self._fate) else -1
+
     def __len__(self) -> int:
         if self.drop_last:
             return len(self.images) // self.batch_size
         return -(-len(self.images) // self.batch_size)
+
+    def batch_sizes(self) -> list[int]:
+        """Images in each batch of an epoch."""
+        count = min(len(self.images), len(self) * self.batch_size)
+        return [min(self.batch_size, count - at) for at in range(0, count, self.batch_size)]
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next ``iter()`` produce this epoch (0-based)."""
@@ -248,14 +258,25 @@ class DeviceLoader:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         table = self.epoch_params(epoch)[: len(self) * self.batch_size]
         for images, params in self._sets(table):
-            yield inject(
-                images,
-                params,
-                self._lut,
-                self._tables,
-                channels_last=self.channels_last,
-                backend=self.backend,
-            )
+            yield self._inject(images, params)
+
+    def gather(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that these rows of :meth:`epoch_params` describe; for resident images.
+
+        Args:
+            params: [B, 8] int32 on the device.
+        """
+        return self._inject(self.images, params)
+
+    def _inject(self, images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return inject(
+            images,
+            params,
+            self._lut,
+            self._tables,
+            channels_last=self.channels_last,
+            backend=self.backend,
+        )
 
     def _sets(self, table: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """For each batch the images that its params count in."""

@@ -1,47 +1,95 @@
-"""Keeps NaN and Inf out of the weights."""
+"""Keeps NaN, Inf and labels that are no class out of the weights."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+# Steps that the host may be ahead of a GPU: enough to keep it busy, few enough to stop it soon.
+RUN_AHEAD = 32
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong first: the number of steps before it, and whether the batch was to blame."""
+
+    good_steps: int
+    bad_images: bool
+    bad_labels: bool
+
 
 class Guard:
-    """Keeps NaN and Inf out of the weights without waiting for the device.
+    """Freezes a run, on the device, at the first step that is not finite.
 
     ``found_inf`` goes to the optimizer and to ``head_step_``, which leave everything as it is
-    where it is not zero. It stays set after a loss, gradient or buffer that is not finite, so that
-    nothing moves until the host has noticed; with a loss scale (fp16), an overflow of the gradients
-    alone skips one step and lowers the scale. On a GPU the host reads the flag of the step before,
-    so that the device always has a step to work on; buffers (batch-norm statistics) are kept from
-    before the last two steps and put back.
+    where it is not zero. It stays set after a loss, gradient or buffer that is not finite, or a
+    label that is no class: whatever is queued behind that step changes no weight, and
+    :meth:`finish` puts the buffers (batch-norm statistics) back to before it. With a loss scale
+    (fp16), an overflow of the gradients alone skips one step and lowers the scale.
+
+    All of a step happens on the device, so it can be captured in a CUDA graph. The host reads the
+    flag of some steps ago, which also keeps it from running further ahead than that.
+
+    Args:
+        model: whose buffers are kept.
+        device: where it is.
+        precision: "fp16" scales the loss.
+        classes: labels must lie in 0..classes-1.
+        lag: how many steps ago that is; None is RUN_AHEAD on a GPU and 0 elsewhere.
+    Attributes:
+        good_steps: 0-d int64, how many there were before the first that went wrong.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, precision: str, lag: int | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: str,
+        classes: int,
+        lag: int | None = None,
     ) -> None:
         self.scales = precision == "fp16"
         self.scale = torch.full((), 2.0**16 if self.scales else 1.0, device=device)
         self.found_inf = torch.zeros((), device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self._classes = classes
         self._fatal = torch.zeros((), device=device)
-        self._buffers = list(model.buffers())
-        self._statistics = [b for b in self._buffers if b.is_floating_point()]
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._bad = torch.zeros(2, dtype=torch.bool, device=device)  # [images, labels]
         self._one = torch.ones((), device=device)
-        self._kept = [[b.clone() for b in self._buffers] for _ in range(2)]
+        buffers = [b for b in model.buffers() if b.numel()]
+        self._statistics = [b for b in buffers if b.is_floating_point()]
+        # By dtype, one flat copy each: two launches a step, however many layers there are.
+        self._kept = []
+        for dtype in dict.fromkeys(b.dtype for b in buffers):
+            group = [b for b in buffers if b.dtype == dtype]
+            self._kept.append((group, _flat(group)))
         pinned = device.type == "cuda"
-        self._lag = int(pinned) if lag is None else lag
-        self._seen = [torch.zeros((), pin_memory=pinned) for _ in range(2)]
-        self._events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self._lag = (RUN_AHEAD if pinned else 0) if lag is None else lag
+        self._seen = torch.zeros(self._lag + 1, pin_memory=pinned)
+        self._events = [torch.cuda.Event() if pinned else None for _ in range(self._lag + 1)]
         self._step = 0
 
-    def before_step(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._kept[self._step % 2], self._buffers)
+    def state(self) -> list[Tensor]:
+        """All that :meth:`inspect` changes."""
+        flags = [self.scale, self.found_inf, self.growth, self._fatal, self.good_steps, self._bad]
+        return flags + [kept for _, kept in self._kept]
+
+    def admit(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Look at a batch before it is used; returns labels that are all classes."""
+        darkest, brightest = images.aminmax()  # NaN where there is one
+        low, high = labels.aminmax()
+        finite = darkest.isfinite() & brightest.isfinite()
+        bad = ~torch.stack([finite, (low >= 0) & (high < self._classes)])
+        # The first fault is the one to tell.
+        self._bad |= bad & (self._fatal == 0)
+        return labels.clamp(0, self._classes - 1)
 
     def inspect(self, loss: Tensor, grads: list[Tensor]) -> None:
         """Unscale the gradients in place and set ``found_inf``."""
-        self._fatal += loss.isfinite().logical_not()
+        self._fatal += loss.isfinite().logical_not() + self._bad[1]
         _scale_and_check(self._statistics, self._one, self._fatal)
         self.found_inf.zero_()
         _scale_and_check(grads, self.scale.reciprocal(), self.found_inf)
@@ -52,10 +100,17 @@ class Guard:
         if self.scales:
             torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
         torch.maximum(self.found_inf, self._fatal, out=self.found_inf)
+        self.good_steps += self._fatal == 0
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the buffers as they are for good ones, unless something has gone wrong."""
+        for group, kept in self._kept:
+            torch.where(self._fatal == 0, _flat(group), kept, out=kept)
 
     def after_step(self) -> bool:
         """Queue this step's flag for the host; True if a step that is done had gone wrong."""
-        slot = self._step % 2
+        slot = self._step % len(self._events)
         self._seen[slot].copy_(self._fatal, non_blocking=True)
         event = self._events[slot]
         if event is not None:
@@ -63,26 +118,30 @@ class Guard:
         self._step += 1
         return self._step > self._lag and self._failed(self._step - 1 - self._lag)
 
-    def finish(self) -> bool:
-        """As :meth:`after_step`, for the steps still in flight."""
-        return any(self._failed(s) for s in range(max(0, self._step - 1 - self._lag), self._step))
+    def finish(self) -> Fault | None:
+        """Wait for all steps; what went wrong, with the buffers put back to before it."""
+        if self._step == 0 or not self._failed(self._step - 1):
+            return None
+        self.undo_forward()
+        images, labels = self._bad.tolist()
+        return Fault(int(self.good_steps), images, labels)
 
     def _failed(self, step: int) -> bool:
-        event = self._events[step % 2]
+        event = self._events[step % len(self._events)]
         if event is not None:
             event.synchronize()
-        if self._seen[step % 2].item() == 0:
-            return False
-        self._restore(step)
-        return True
+        return self._seen[step % len(self._events)].item() != 0
 
     def undo_forward(self) -> None:
-        """Buffers as :meth:`before_step` found them."""
-        self._restore(self._step)
+        """Buffers as the last good step left them."""
+        for group, kept in self._kept:
+            parts = kept.split([b.numel() for b in group])
+            for buffer, part in zip(group, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
-    def _restore(self, step: int) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept[step % 2])
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _scale_and_check(tensors: list[Tensor], factor: Tensor, found: Tensor) -> None:

@@ -91,7 +91,7 @@ def check_batch(
         where: what to name in errors, such as "purify: loader".
         device: where the model is; batches come from the CPU or from there.
         num_classes: labels must lie in 0..num_classes-1; None leaves that to the caller.
-        values: also look for NaN and Inf in images on the CPU, and into labels on a GPU.
+        values: also look for NaN and Inf in images on the CPU.
     """
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         fix = "yield the labels as well: purification and evaluation need them"
@@ -101,8 +101,8 @@ def check_batch(
     images, labels = batch[0], batch[1]
     _check_images(images, where, device, values)
     _check_labels(labels, where, len(images))
-    # Reading a GPU tensor waits for the device: once per sample, in the first epoch, is enough.
-    if num_classes is not None and (values or labels.device.type == "cpu"):
+    # Reading a GPU tensor waits for the device: there the guard looks.
+    if num_classes is not None and labels.device.type == "cpu":
         _check_label_range(labels, where, num_classes)
     return images, labels
 

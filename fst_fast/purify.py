@@ -17,6 +17,7 @@ from . import backends, methods
 from .arrangement import Wishes, arrange, threads_of
 from .evaluate import measure
 from .features import tap_features
+from .graphs import Capture, capture_for
 from .heads import find_head, head_matrix, head_name, unwrap
 from .inputs import (
     Batches,
@@ -25,12 +26,13 @@ from .inputs import (
     resolve_device,
     resolve_precision,
 )
-from .loop import Callback, LoopSettings, Tuner
+from .loop import Callback, Tuner
 from .methods import Method
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
 from .resume import RunFolder, arrangement_of, fingerprint
 from .state import evaluating, seeded, tuning
+from .step import LoopSettings
 
 
 def purify(
@@ -49,6 +51,7 @@ def purify(
     channels_last: bool | None = None,
     threads: int | None = None,
     graphs: bool | str = "auto",
+    compile: bool = False,
     backend: str | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
@@ -89,7 +92,10 @@ def purify(
             have the same bits on a busier machine.
         channels_last: memory layout of weights and images; None takes the faster one.
         threads: of PyTorch during the run, on a CPU; None takes as many as it has, or fewer.
-        graphs: CUDA graphs; "auto" and False run without them in this version.
+        graphs: on a GPU, record the steps as CUDA graphs and replay them: "auto" where the model
+            allows it (a note says why not), True or an error, False never.
+        compile: run the model through ``torch.compile``, which takes its time first; the head's
+            loss is then the compiler's too.
         backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
         seed: of the new head and of every random draw during the run. The global random state is
             put back afterwards.
@@ -108,10 +114,10 @@ def purify(
         RuntimeError: ``backend`` is not available here.
     """
     _check_numbers(epochs, lr, momentum)
-    _check_later(graphs)
     chosen = _choose_method(method, alpha)
     epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
+    capture = _capture(graphs, place)
     backends.choose("head_step_", place, backend)
     wishes = Wishes(precision, channels_last, threads)
     resolve_precision(precision, place)
@@ -132,8 +138,14 @@ def purify(
             trains, steps = chosen.trains != "head", _steps(loader, epochs)
             arrangement = arrange(tuned, images, labels, wishes, steps=steps, trains=trains)
         arrangement.lay_out(tuned)
-        settings = LoopSettings(epochs, lr, momentum, place, **asdict(arrangement), backend=backend)
-        tuner = _tuner(tuned, tuned.get_submodule(name), chosen, settings, images, seed)
+        settings = LoopSettings(
+            *(epochs, lr, momentum, place), **asdict(arrangement), backend=backend, compile=compile
+        )
+        module = tuned.get_submodule(name)
+        tap = tap_features(tuned, module, images)
+        tuner = Tuner(tuned, module, chosen, settings, tap, capture, graphs is True)
+        if chosen.reinitializes:
+            tuner.head.reinitialize(torch.Generator().manual_seed(seed))
         validate = _validator(judged, settings)
         with seeded(seed, place), threads_of(settings.threads):
             keep = None
@@ -169,13 +181,15 @@ def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
         raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
 
 
-def _check_later(graphs: object) -> None:
-    """Refuse what the signature promises and this version does not have."""
-    if graphs not in ("auto", False):
+def _capture(graphs: bool | str, place: torch.device) -> Capture | None:
+    if graphs not in ("auto", True, False):
+        raise ValueError(f'purify: graphs must be "auto", True or False, got {graphs!r}')
+    capture = capture_for(place) if graphs else None
+    if graphs is True and capture is None:
         raise ValueError(
-            f'purify: graphs must be "auto" or False, got {graphs!r}; CUDA graphs are not '
-            "available yet"
+            f"purify: graphs=True needs a GPU, got the device {place}; leave graphs out"
         )
+    return capture
 
 
 def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
@@ -254,21 +268,6 @@ def _trained_head(
             "load the checkpoint, or name the right layer with head="
         )
     return name, len(weight)
-
-
-def _tuner(
-    model: nn.Module,
-    head: nn.Module,
-    method: Method,
-    settings: LoopSettings,
-    images: Tensor,
-    seed: int,
-) -> Tuner:
-    """The run, with the head re-initialised where the method does that."""
-    tuner = Tuner(model, head, method, settings, tap_features(model, head, images))
-    if method.reinitializes:
-        tuner.head.reinitialize(torch.Generator().manual_seed(seed))
-    return tuner
 
 
 def _go_on(

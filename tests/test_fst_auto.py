@@ -206,16 +206,16 @@ def test_fresh_statistics_are_those_of_what_is_run():
     model.train()
     model(torch.randn(50, 3))
     batches = [torch.randn(20, 3) * 3 + 1 for _ in range(4)]
-    with torch.no_grad(), fresh_statistics(model) as measuring:
-        assert measuring
-        for batch in batches:
+    with torch.no_grad(), fresh_statistics(model) as weigh:
+        for count, batch in enumerate(batches, start=1):
+            weigh(count)
             model(batch)
     means = torch.stack([batch.mean(0) for batch in batches]).mean(0)
     torch.testing.assert_close(model[1].running_mean, means)
     assert [m.training for m in model.modules()] == [True] * 4
     assert (model[1].momentum, model[2].momentum) == (0.1, None)
-    with fresh_statistics(nn.Linear(2, 2)) as measuring:
-        assert not measuring
+    with fresh_statistics(nn.Linear(2, 2)) as weigh:
+        assert weigh is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from fst_fast.heads import AmbiguousHeadError
         ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"alpha": -1.0}, "alpha must be a finite number"),
         ({"alpha": "atuo"}, r"alpha must be a number, \"auto\" or None, got 'atuo'"),
-        ({"graphs": True}, "not available yet"),
+        ({"graphs": True}, "graphs=True needs a GPU, got the device cpu; leave graphs out"),
         ({"precision": "fp8"}, r"precision must be one of .* got 'fp8'"),
         ({"backend": "cudnn"}, "backend must be one of reference, cpu, triton, cuda"),
         ({"device": "gpu0"}, "device must be one that this machine has, got 'gpu0'"),

@@ -3,6 +3,7 @@
 import copy
 import functools
 import signal
+import sys
 import threading
 
 import pytest
@@ -11,10 +12,12 @@ from purify_cases import (
     make_batches,
     make_model,
     quick,
+    with_value,
 )
+from recorder import Recorder
 from torch import nn
 
-from fst_fast import loop
+from fst_fast import step
 
 
 def test_callback_sees_records_and_can_stop():
@@ -76,41 +79,48 @@ def test_runs_in_a_thread():
     assert len(out[0].history) == 2
 
 
-class Poisonable(nn.Module):
-    """Its loss becomes NaN from the given training step on."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.net, self.at, self.step = make_model(), at, 0
-
-    def forward(self, x):
-        if self.training:
-            self.step += 1
-            if self.step == self.at:
-                x = x * float("nan")
-        return self.net(x)
-
-
-@pytest.mark.parametrize("lag", [0, 1], ids=["cpu", "one-step-behind-as-on-a-gpu"])
+@pytest.mark.parametrize("graphs", ["auto", False], ids=["replayed", "step by step"])
+@pytest.mark.parametrize("lag", [0, 1, 32], ids=["at once", "one step behind", "as on a GPU"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_nan_loss_stops_within_one_step_and_keeps_the_last_good_weights(
-    precision, lag, monkeypatch
+    precision, lag, graphs, monkeypatch
 ):
     # Seven good steps of a schedule for 4 epochs; the eighth is not finite.
-    monkeypatch.setattr(loop, "Guard", functools.partial(loop.Guard, lag=lag))
-    result = quick(Poisonable(8), make_batches(), epochs=4, precision=precision)
-    assert f"not finite at epoch 3, step {2 + lag}" in result.stopped
-    assert len(result.history) == 2
+    monkeypatch.setattr(step, "Guard", functools.partial(step.Guard, lag=lag))
+    if graphs == "auto":
+        recorder = Recorder()
+        monkeypatch.setattr(sys.modules["fst_fast.purify"], "capture_for", lambda device: recorder)
+    good, bad = make_batches(), make_batches()
+    # Finite, and too much for the first convolution.
+    bad[1] = (bad[1][0] * 1e38, bad[1][1])
+    epochs = iter([good, good, good, bad, bad])
+    result = quick(make_model(), lambda: next(epochs), epochs=4, precision=precision, graphs=graphs)
+    assert "not finite at epoch 3, step 2" in result.stopped
+    assert [record.epoch for record in result.history] == [1, 2]
     states = []
 
-    class Recorder(Poisonable):
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_model()
+
         def forward(self, x):
             if self.training:
                 states.append(copy.deepcopy(self.net.state_dict()))
-            return super().forward(x)
+            return self.net(x)
 
-    quick(Recorder(-1), make_batches(), epochs=4, precision=precision)
-    assert equal_states(result.model.net.state_dict(), states[7])
+    quick(Watched(), make_batches(), epochs=4, precision=precision, graphs=False)
+    assert equal_states(result.model.state_dict(), states[7])
+
+
+@pytest.mark.parametrize("lag", [0, 32], ids=["at once", "as on a GPU"])
+def test_bad_images_of_a_later_epoch_are_told_as_such(lag, monkeypatch):
+    monkeypatch.setattr(step, "Guard", functools.partial(step.Guard, lag=lag))
+    good, bad = make_batches(), make_batches()
+    bad[2] = (with_value(bad[2][0], float("inf")), bad[2][1])
+    epochs = iter([good, good, bad, good])
+    with pytest.raises(ValueError, match=r"yield finite images, got NaN or Inf at epoch 2, step 3"):
+        quick(make_model(), lambda: next(epochs), epochs=3)
 
 
 def test_overflowing_gradient_stops_too():

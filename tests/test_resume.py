@@ -14,6 +14,7 @@ from purify_cases import equal_states, make_batches, make_model, quick
 from torch.utils.data import DataLoader, Dataset
 
 import fst_fast
+from fst_fast import step
 from fst_fast.resume import NAME
 
 
@@ -113,7 +114,7 @@ def test_keeping_a_run_changes_nothing(tmp_path):
 
 
 def test_the_head_that_steps_with_a_deferred_factor(tmp_path, monkeypatch):
-    monkeypatch.setattr(fst_fast.loop, "DEFERRED_FROM", 1)
+    monkeypatch.setattr(step, "DEFERRED_FROM", 1)
     whole = quick(make_model(), make_batches(), alpha=0.1, epochs=3)
     with pytest.raises(Stopped):
         quick(
