@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .heads import logits_of
 from .inputs import autocast, memory_layout, resolve_precision
+from .memory import is_out_of_memory
 from .state import restored
 
 # What is tried instead must be faster by so much: a choice by noise would change the result's bits.
@@ -150,7 +151,13 @@ def choose(
     if key not in memory:
         with restored(model):
             timed = seconds or _timer(model, images[:IMAGES], labels[:IMAGES], trains)
-            memory[key] = _fastest(start, layouts, precisions, threads, timed)
+            try:
+                memory[key] = _fastest(start, layouts, precisions, threads, timed)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # The run itself will say so, or take its batches in parts.
+                return start
     return memory[key]
 
 
@@ -161,9 +168,6 @@ def _fastest(
     threads: bool,
     seconds: Callable[[Arrangement], float],
 ) -> Arrangement:
-    best, least = start, seconds(start)
-    if least < WORTH_SECONDS:
-        return start
     steps: list[Callable[[Arrangement], Arrangement]] = []
     if layouts and start.channels_last:
         steps.append(lambda a: replace(a, channels_last=False))
@@ -172,6 +176,11 @@ def _fastest(
     # Fewer than there are: where the cores are shared, or are two to one.
     if threads and start.threads is not None and start.threads > 1:
         steps.append(lambda a: replace(a, threads=(a.threads or 2) // 2))
+    if not steps:
+        return start
+    best, least = start, seconds(start)
+    if least < WORTH_SECONDS:
+        return start
     for change in steps:
         tried = change(best)
         taken = seconds(tried)

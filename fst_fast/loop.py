@@ -15,10 +15,11 @@ from .graphs import Capture, Replays
 from .host_loader import HostLoader
 from .inputs import Batches, autocast, check_batch
 from .ledger import Ledger
+from .memory import is_out_of_memory
 from .methods import Method
 from .progress import EpochRecord, ProgressReport
 from .state import Interrupts
-from .step import LoopSettings, Step, is_out_of_memory
+from .step import LoopSettings, Step
 
 Callback = Callable[[EpochRecord, nn.Module], bool | None]
 

@@ -14,6 +14,7 @@ from .feed import Feed
 from .guard import Guard
 from .heads import logits_of
 from .inputs import AUTOCAST, autocast
+from .memory import is_out_of_memory
 from .methods import HeadState, Method
 from .ops import head_deviation_loss
 
@@ -247,8 +248,3 @@ class Step:
             self.model.zero_grad(set_to_none=True)
             self.guard.undo_forward()
         return True
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not allocate; on the CPU that has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
