@@ -31,7 +31,7 @@ from .methods import Method
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
 from .resume import RunFolder, arrangement_of, fingerprint
-from .state import evaluating, seeded, tuning
+from .state import deterministic_algorithms, evaluating, seeded, tuning
 from .step import LoopSettings
 
 
@@ -52,6 +52,7 @@ def purify(
     threads: int | None = None,
     graphs: bool | str = "auto",
     compile: bool = False,
+    deterministic: bool = False,
     backend: str | None = None,
     seed: int = 0,
     resume: str | Path | None = None,
@@ -96,6 +97,9 @@ def purify(
             allows it (a note says why not), True or an error, False never.
         compile: run the model through ``torch.compile``, which takes its time first; the head's
             loss is then the compiler's too.
+        deterministic: the same bits every time on this machine: no trial on a CPU, and on a GPU
+            only algorithms that promise it (which needs ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the
+            environment; an operation without one is a RuntimeError).
         backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
         seed: of the new head and of every random draw during the run. The global random state is
             put back afterwards.
@@ -132,10 +136,16 @@ def purify(
     asked = {"head": name, "seed": seed, "model": fingerprint(plain)} if resume is not None else {}
     tuned = plain if inplace else copy.deepcopy(plain)
     started = time.perf_counter()
-    with tuning(tuned, place), ProgressReport(chosen.name, epochs, progress) as report:
+    with (
+        tuning(tuned, place),
+        deterministic_algorithms(deterministic),
+        ProgressReport(chosen.name, epochs, progress) as report,
+    ):
         arrangement = None if resume is None else arrangement_of(resume)
         if arrangement is None:
-            trains, steps = chosen.trains != "head", _steps(loader, epochs)
+            trains = chosen.trains != "head"
+            # A trial is for runs that are long enough; and what it takes is up to the clock.
+            steps = 0 if deterministic else _steps(loader, epochs)
             arrangement = arrange(tuned, images, labels, wishes, steps=steps, trains=trains)
         arrangement.lay_out(tuned)
         settings = LoopSettings(
@@ -162,6 +172,7 @@ def purify(
         settings={
             **chosen.settings(),
             **asdict(settings),
+            "deterministic": deterministic,
             "device": str(place),
             "head": name,
             "seed": seed,

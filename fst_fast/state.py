@@ -94,6 +94,29 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Where ``wanted``, only algorithms that give the same bits every time; put back after.
+
+    Raises, within, RuntimeError where PyTorch has none for an operation.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        # A debugging aid that comes with it, and costs a pass over every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
 class Interrupts:
     """Turns the first Ctrl-C into a request to stop after the step; the second one raises."""
 

@@ -174,3 +174,16 @@ def test_wrong_threads(wrong):
 def test_wrong_layout():
     with pytest.raises(ValueError, match="channels_last must be True, False or None, got 'yes'"):
         quick(make_model(), make_batches(), channels_last="yes")
+
+
+def test_deterministic_runs_try_nothing(monkeypatch):
+    def tried(*arguments, **more):
+        raise AssertionError("a trial")
+
+    monkeypatch.setattr(arrangement, "_fastest", tried)
+    free = {"channels_last": None, "threads": None, "precision": "auto", "epochs": 20}
+    with pytest.raises(AssertionError, match="a trial"):
+        quick(make_model(), make_batches(), **free)
+    runs = [quick(make_model(), make_batches(), deterministic=True, **free) for _ in range(2)]
+    assert equal_states(*(run.model.state_dict() for run in runs))
+    assert runs[0].settings["deterministic"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fst_fast.state import evaluating, seeded, tuning
+from fst_fast.state import deterministic_algorithms, evaluating, seeded, tuning
 
 CPU = torch.device("cpu")
 
@@ -176,3 +176,22 @@ def test_tuning_leaves_a_model_on_the_meta_device_there():
     with tuning(model, CPU):
         assert all(parameter.is_meta for parameter in model.parameters())
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_deterministic_algorithms_are_put_back():
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.deterministic,
+    )
+    with deterministic_algorithms(True), pytest.raises(RuntimeError, match="deterministic impl"):
+        # One of the operations that PyTorch has no such algorithm for.
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    after = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.deterministic,
+    )
+    assert after == before
+    with deterministic_algorithms(False):
+        assert not torch.are_deterministic_algorithms_enabled()
