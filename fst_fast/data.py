@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from . import _uploads as uploads
 from .host_loader import HostLoader
 from .ops import inject
-from .ops.inject import no_triggers
+from .ops.inject import TriggerTables, no_triggers
 from .pixels import Normalization, normalize_table
 from .poisoning import plan
 from .triggers import Trigger
@@ -258,22 +258,23 @@ class DeviceLoader:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         table = self.epoch_params(epoch)[: len(self) * self.batch_size]
         for images, params in self._sets(table):
-            yield self._inject(images, params)
+            yield self.gather(params, images=images)
 
-    def gather(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch that these rows of :meth:`epoch_params` describe; for resident images.
+    def gather(
+        self, params: Tensor, tables: TriggerTables | None = None, *, images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The batch that these rows of :meth:`epoch_params` describe.
 
         Args:
             params: [B, 8] int32 on the device.
+            tables: of the triggers that the rows name; None is the loader's own.
+            images: what the rows count in; None is the resident images.
         """
-        return self._inject(self.images, params)
-
-    def _inject(self, images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return inject(
-            images,
+            self.images if images is None else images,
             params,
             self._lut,
-            self._tables,
+            self._tables if tables is None else tables,
             channels_last=self.channels_last,
             backend=self.backend,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import overload
 
@@ -16,13 +16,13 @@ from .inputs import (
     Batches,
     Loader,
     autocast,
-    check_batch,
     dtype_of,
     memory_layout,
     resolve_device,
     resolve_precision,
 )
-from .pixels import Normalization, normalize_bytes, pixel_range, recover_bytes
+from .pixels import Normalization, pixel_range
+from .showing import show
 from .state import evaluating
 from .triggers import Trigger
 
@@ -148,9 +148,10 @@ def measure(
     """
     # Not inference_mode: what a model caches in its first forward must remain of use in training.
     with evaluating(model, device), torch.no_grad():
-        run = _Pass(model, device, precision, triggers or {}, target, normalize)
-        for batch in batches.epoch(0):
-            run.add(*check_batch(batch, batches.where, device))
+        named = triggers or {}
+        run = _Pass(model, device, precision, named, target, normalize)
+        for images, labels, triggered in show(batches, list(named.values()), normalize, device):
+            run.add(images, labels, triggered)
     return run.metrics()
 
 
@@ -180,10 +181,7 @@ class _Pass:
         self.triggered = torch.zeros(len(triggers), 2, dtype=torch.int64, device=device)
         self.labels_seen = torch.tensor([0, 0], device=device)  # [least, greatest]
 
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        # Not yet in the model's dtype: half precision may be too coarse to recover bytes from.
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, torch.int64, non_blocking=True)
+    def add(self, images: Tensor, labels: Tensor, triggered: Callable[[int], Tensor]) -> None:
         if self.layout is None:
             self._start(images)
         predicted = self._classify(images)
@@ -193,14 +191,10 @@ class _Pass:
         low, high = labels.aminmax()
         self.labels_seen[0].clamp_(max=low)
         self.labels_seen[1].clamp_(min=high)
-        if self.triggers:
-            stored = recover_bytes(images, self.normalize)
-            keys = torch.arange(self.images, self.images + len(images), device=self.device)
-            for trigger, counts in zip(self.triggers.values(), self.triggered, strict=True):
-                shown = normalize_bytes(trigger.apply(stored, keys), self.normalize)
-                predicted = self._classify(shown)
-                counts[0] += (others & (predicted == self.target)).sum()
-                counts[1] += (others & (predicted == labels)).sum()
+        for t, counts in enumerate(self.triggered):
+            predicted = self._classify(triggered(t))
+            counts[0] += (others & (predicted == self.target)).sum()
+            counts[1] += (others & (predicted == labels)).sum()
         self.images += len(labels)
 
     def _start(self, images: Tensor) -> None:

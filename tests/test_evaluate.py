@@ -314,7 +314,7 @@ def count_waits(batch_size, monkeypatch):
 
 def test_the_host_does_not_wait_batch_by_batch(monkeypatch):
     # Looking for NaN is for batches on the CPU; test_inputs.py shows that others are not read.
-    module = importlib.import_module("fst_fast.evaluate")
+    module = importlib.import_module("fst_fast.showing")
     monkeypatch.setattr(module, "check_batch", lambda batch, *_: batch)
     few, many = (count_waits(size, monkeypatch) for size in (29, 3))
     assert 0 < few == many

@@ -55,7 +55,8 @@ ALLOWED = {
         *("averaging", "features", "feed", "graphs", "host_loader", "inputs", "ledger", "methods"),
         *("memory", "progress", "state", "step"),
     ),
-    "evaluate": ("data", "folding", "pixels", "triggers", "heads", "inputs", "state"),
+    "showing": ("data", "inputs", "pixels", "triggers"),
+    "evaluate": ("data", "folding", "heads", "inputs", "pixels", "showing", "state", "triggers"),
     "resume": ("arrangement", "files", "loop", "progress"),
     "result": ("checkpoint", "heads", "progress", "report"),
     "purify": (
