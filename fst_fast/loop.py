@@ -24,6 +24,10 @@ from .step import LoopSettings, Step
 Callback = Callable[[EpochRecord, nn.Module], bool | None]
 
 
+def _nothing() -> None:
+    pass
+
+
 class Tuner:
     """One run of one method on one model.
 
@@ -53,6 +57,11 @@ class Tuner:
         self.average = WeightAverage(model, share, settings.epochs) if share else None
         self.history: list[EpochRecord] = []
         self.stopped: str | None = None
+        # Steps and images of the epoch that are done, where a run was interrupted within it; and
+        # what is called before each epoch, and where those steps end when the run goes on.
+        self.within = (0, 0)
+        self.at_start: Callable[[], None] = _nothing
+        self.where_left_off: Callable[[], None] = _nothing
         self._capture, self._must_capture = capture, must_capture
         # [epoch, steps in it], of this call of run().
         self._steps: list[list[int]] = []
@@ -67,22 +76,26 @@ class Tuner:
     ) -> None:
         """Tune for all epochs, or until a callback, Ctrl-C or a loss that is not finite.
 
-        Goes on behind the history, where there is one. ``keep`` is called after every epoch, before
-        the callbacks. Unless somebody looks in between (``validate``, ``callbacks``, ``keep``), the
-        host queues one epoch after the other without waiting for the device.
+        Goes on behind the history, where there is one, and ``within`` the epoch. ``keep`` is called
+        after every epoch, before the callbacks, and where the run is interrupted. Unless somebody
+        looks in between (``validate``, ``callbacks``, ``keep``), the host queues one epoch after
+        the other without waiting for the device.
         """
         looks = validate is not None or bool(callbacks) or keep is not None
         feed = self._open(batches)
         replays = self._replays(batches, feed, report)
         ledger = Ledger(self.settings.device, self.history[-1].seconds if self.history else 0.0)
-        with Interrupts() as interrupts:
+        with Interrupts(terminate=keep is not None) as interrupts:
             for epoch in range(len(self.history), self.settings.epochs):
                 last = epoch + 1 == self.settings.epochs
                 lr = self._begin(epoch)
                 images = self._epoch(feed, replays, epoch, interrupts)
                 if images is None or ((last or looks) and self._has_failed()):
                     self._take(ledger.ready(wait=True), report)
+                    if keep is not None and interrupts.requested and self.stopped is not None:
+                        keep(self)
                     return
+                self.within = (0, 0)
                 self._after(epoch, batches)
                 accuracy = None if validate is None else validate(self.model)
                 values = torch.cat([self.step.totals, self.head.shift().double()])
@@ -145,7 +158,8 @@ class Tuner:
         lr = self.settings.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
         step.lr.fill_(lr)
         step.head_lr.fill_(lr * course.head_lr)
-        step.totals.zero_()
+        if self.within == (0, 0):
+            step.totals.zero_()
         head_only = epoch < round(course.head_epochs * epochs)
         if head_only != step.head_only:
             step.head_only = head_only
@@ -160,14 +174,22 @@ class Tuner:
         self, feed: Feed, replays: Replays, epoch: int, interrupts: Interrupts
     ) -> int | None:
         """Queue an epoch's steps; how many images were in it, or None where it was stopped."""
-        count = 0
         failed = False
+        before, count = self.within
+        steps = 0
         self._steps.append([epoch, 0])
+        self.at_start()
         try:
             for kind, size in feed.epoch(epoch):
+                steps += 1
+                if steps <= before:
+                    feed.advance(kind)
+                    if steps == before:
+                        self.where_left_off()
+                    continue
+                self._do(feed, replays, kind)
                 self._steps[-1][1] += 1
                 count += size
-                self._do(feed, replays, kind)
                 failed = self.guard.after_step()
                 if failed or interrupts.requested:
                     break
@@ -180,7 +202,8 @@ class Tuner:
         if (failed or interrupts.requested) and self._has_failed():
             return None
         if interrupts.requested:
-            self.stopped = f"interrupted at epoch {epoch + 1}, step {self._steps[-1][1]}"
+            self.within = (steps, count)
+            self.stopped = f"interrupted at epoch {epoch + 1}, step {steps}"
             return None
         if count == 0:
             raise ValueError(

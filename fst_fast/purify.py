@@ -103,9 +103,10 @@ def purify(
         backend: of the fused ops: None (the fastest), "reference", "cpu", "triton" or "cuda".
         seed: of the new head and of every random draw during the run. The global random state is
             put back afterwards.
-        resume: a folder for this run's state, written after every epoch. Called again with the same
-            arguments, purify goes on behind the last whole epoch, and on the CPU ends in the same
-            bits as without an interruption.
+        resume: a folder for this run's state, written after every epoch and on Ctrl-C or SIGTERM
+            (which then ends the process, once the state is on the disk). Called again with the
+            same arguments, purify goes on there, and on the CPU ends in the same bits as without an
+            interruption.
         progress: show a bar on a terminal, plain lines elsewhere.
         callbacks: each is called as ``callback(record, model)`` after every epoch; one that
             returns True ends the run.
@@ -291,5 +292,9 @@ def _go_on(
     """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
     run = RunFolder(folder, {**asked, **tuner.method.settings(), **asdict(tuner.settings)}, loader)
     if run.restore(tuner):
-        report.note(f"purify: goes on behind epoch {len(tuner.history)} of {tuner.settings.epochs}")
+        where = f"behind epoch {len(tuner.history)} of {tuner.settings.epochs}"
+        if tuner.within != (0, 0):
+            where += f", step {tuner.within[0]} of the next"
+        report.note(f"purify: goes on {where}")
+    run.follow(tuner)
     return run.keep

@@ -1,4 +1,4 @@
-"""A run that can be ended at any moment and goes on from its last whole epoch."""
+"""A run that can be ended at any moment and goes on from where it was last kept."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .arrangement import Arrangement
 from .files import TEMPORARIES, replace_file
+from .host_loader import HostLoader
 from .loop import Tuner
 from .progress import EpochRecord
 
 NAME = "state.safetensors"
-FORMAT = "fst_fast run, version 1"
+FORMAT = "fst_fast run, version 2"
 
 
 class RunFolder:
@@ -31,7 +32,8 @@ class RunFolder:
     It holds the weights, the head's original weight and its norm, all momentum, the loss scale,
     the averaged weights, the random states and the history. A loader that draws from a generator
     of its own (``DataLoader(generator=...)``) has that state kept as well; a DeviceLoader goes by
-    the epoch's number.
+    the epoch's number. After Ctrl-C or SIGTERM it also holds how far the epoch had come, and the
+    random states of its start, so that the loader can be led to the same place.
 
     Args:
         folder: made if it is not there.
@@ -54,20 +56,30 @@ class RunFolder:
             left.unlink()
         self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
         self._generators = _generators(loader)
+        # Its thread has drawn for batches that are still to come.
+        self._draws_ahead = isinstance(loader, HostLoader)
+        self._start: _Draws | None = None
 
     def keep(self, tuner: Tuner) -> None:
-        """Write down where the run stands, after an epoch."""
+        """Write down where the run stands: after an epoch, or where it was interrupted."""
+        device = tuner.settings.device
+        within = tuner.within != (0, 0)
+        if within and (self._draws_ahead or tuner.head.weight_scale is not None):
+            # Not to the bit: drawn ahead, or rounded when the head was made whole.
+            return
         tensors = {name: value.detach().cpu() for name, value in tensors_of(tuner).items()}
-        tensors |= _random_tensors(tuner.settings.device)
-        for i, generator in enumerate(self._generators):
-            tensors[f"random.loader.{i}"] = generator.get_state()
         facts = {
             "format": FORMAT,
             "asked": self.asked,
             "history": [dataclasses.asdict(record) for record in tuner.history],
-            "python": random.getstate(),
-            "numpy": _numpy_state(),
+            "within": tuner.within,
         }
+        draws = {"now": _Draws.take(device, self._generators)}
+        if within and self._start is not None:
+            draws["start"] = self._start
+        for moment, drawn in draws.items():
+            tensors |= {f"random.{moment}.{name}": value for name, value in drawn.tensors.items()}
+            facts[moment] = drawn.facts
         # Tied tensors are written in full; tensors_of() gives both names.
         tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
         facts["digest"] = _digest(tensors, facts)
@@ -98,10 +110,25 @@ class RunFolder:
             for name, value in own.items():
                 value.copy_(tensors[name])
         tuner.history[:] = [EpochRecord(**record) for record in facts["history"]]
-        _set_random(tensors, facts, tuner.settings.device)
-        for i, generator in enumerate(self._generators):
-            generator.set_state(tensors[f"random.loader.{i}"])
+        steps, images = facts["within"]
+        tuner.within = (steps, images)
+
+        def put(moment: str) -> None:
+            prefix = f"random.{moment}."
+            drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            _Draws(drawn, facts[moment]).put(tuner.settings.device, self._generators)
+
+        put("start" if steps else "now")
+        tuner.where_left_off = lambda: put("now")
         return True
+
+    def follow(self, tuner: Tuner) -> None:
+        """Remember the random states of each epoch's start."""
+
+        def note() -> None:
+            self._start = _Draws.take(tuner.settings.device, self._generators)
+
+        tuner.at_start = note
 
 
 def arrangement_of(folder: str | Path) -> Arrangement | None:
@@ -146,6 +173,7 @@ def tensors_of(tuner: Tuner) -> dict[str, Tensor]:
     for i, parameter in enumerate(tuner.backbone):
         if tuner.optimizer is not None and tuner.settings.momentum:
             out[f"momentum.{i}"] = tuner.optimizer.state[parameter]["momentum_buffer"]
+    out["totals"] = tuner.step.totals
     if tuner.average is not None:
         out |= {f"average.{i}": value for i, value in enumerate(tuner.average.mean)}
         out["average.count"] = tuner.average.count
@@ -172,24 +200,36 @@ def _generators(loader: object) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _random_tensors(device: torch.device) -> dict[str, Tensor]:
-    out = {"random.torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        out["random.cuda"] = torch.cuda.get_rng_state(device)
-    return out
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """All random states that a run draws from.
 
+    Attributes:
+        tensors: of torch, its GPU and the loader's own generators.
+        facts: of Python and NumPy, as JSON data.
+    """
 
-def _numpy_state() -> list[Any]:
-    # Transforms draw from NumPy's global state.
-    kind, key, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
-    return [kind, np.asarray(key).tolist(), position, has_gauss, gauss]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
+    @classmethod
+    def take(cls, device: torch.device, generators: list[torch.Generator]) -> _Draws:
+        tensors = {"torch": torch.get_rng_state()}
+        if device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(device)
+        tensors |= {f"loader.{i}": g.get_state() for i, g in enumerate(generators)}
+        # Transforms draw from NumPy's global state.
+        kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+        numpy_state = [kind, np.asarray(key).tolist(), *rest]
+        return cls(tensors, {"python": random.getstate(), "numpy": numpy_state})
 
-def _set_random(tensors: Mapping[str, Tensor], facts: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(tensors["random.torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    version, internal, gauss = facts["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, key, *rest = facts["numpy"]
-    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))  # noqa: NPY002
+    def put(self, device: torch.device, generators: list[torch.Generator]) -> None:
+        torch.set_rng_state(self.tensors["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(self.tensors["cuda"], device)
+        for i, generator in enumerate(generators):
+            generator.set_state(self.tensors[f"loader.{i}"])
+        version, internal, gauss = self.facts["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, key, *rest = self.facts["numpy"]
+        np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))  # noqa: NPY002

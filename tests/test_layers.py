@@ -57,7 +57,7 @@ ALLOWED = {
     ),
     "showing": ("data", "inputs", "pixels", "triggers"),
     "evaluate": ("data", "folding", "heads", "inputs", "pixels", "showing", "state", "triggers"),
-    "resume": ("arrangement", "files", "loop", "progress"),
+    "resume": ("arrangement", "files", "host_loader", "loop", "progress"),
     "result": ("checkpoint", "heads", "progress", "report"),
     "purify": (
         *("arrangement", "backends", "loop", "features", "heads", "methods", "data", "evaluate"),
