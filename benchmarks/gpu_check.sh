@@ -1,43 +1,82 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, each part with its own time limit, results in one folder.
-# Usage: benchmarks/gpu_check.sh [OUT]; PYTHON names an interpreter that has torch, triton, pytest.
+# Everything that only a GPU can show, results in one folder, within 25 minutes; needs no network.
+# Usage: benchmarks/gpu_check.sh [OUT]
+#   PYTHON  an interpreter that has torch, triton, pytest and setuptools
+#   DATA    a folder with CIFAR-10 as train.npz and test.npz: adds the efficacy of the methods
+#   BUDGET  seconds for everything; what does not fit is left for the next call
+# A part that has succeeded in OUT is not run again; REDO=1 runs all. Exit status: 0 where every part
+# has succeeded or cannot be run here, else 1. OUT/summary.txt says which.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 out=${1:-out}
 python=${PYTHON:-python3}
-mkdir -p "$out"
+budget=${BUDGET:-1440}
+[ "${REDO:-0}" = 1 ] && rm -rf "$out/parts"
+mkdir -p "$out/parts" || exit 1
+names=()
 failed=0
 
 part() { # part NAME SECONDS COMMAND...
-  local name=$1 limit=$2 status
+  local name=$1 limit=$2 status before=$SECONDS
   shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  names+=("$name")
+  if grep -qs '^0 ' "$out/parts/$name"; then
+    echo "$name: done before"
+    return
+  fi
+  if [ $((budget - SECONDS)) -le 0 ]; then
+    echo "- 0 no time left; run again to go on" >"$out/parts/$name"
+    failed=1
+    return
+  fi
+  [ "$limit" -le $((budget - SECONDS)) ] || limit=$((budget - SECONDS))
+  timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
-  echo "$name: exit status $status"
+  echo "$status $((SECONDS - before)) of $limit s" >"$out/parts/$name"
+  echo "$name: exit status $status after $((SECONDS - before)) s"
   [ $status -eq 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
 }
 
-part build 300 "$python" -m pip install --no-build-isolation --no-deps -e .
+left_out() { # left_out NAME REASON
+  names+=("$1")
+  echo "left out: $2" >"$out/parts/$1"
+  echo "$1: left out, $2"
+}
+
+part build 300 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 part info 60 "$python" -m fst_fast info --json
-part tests 600 "$python" -m pytest -q
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck synccheck initcheck; do
-    part "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q tests/test_head_step.py tests/test_head_step_deferred.py \
-      tests/test_head_deviation_loss.py \
-      -k "cuda-cuda and (test_found_inf or test_ten_steps or test_parts or (one_setting and plain))"
-    part "sanitizer-$tool-inject" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q tests/test_inject.py -k "cuda and (odd or grey or four-channels)"
-  done
-else
-  echo "compute-sanitizer: not installed, left out"
-fi
-for suite in head inject loop evaluate; do
-  part "bench-$suite" 420 "$python" -m fst_fast.bench "$suite" --device cuda --record "$out"
+part tests 480 "$python" -m pytest -q
+for suite in head inject loop evaluate end2end; do
+  if [ $suite = end2end ] && ! "$python" -c "import sklearn" 2>/dev/null; then
+    left_out bench-end2end "needs scikit-learn"
+    continue
+  fi
+  limit=240
+  # It compiles its rivals.
+  [ $suite = head ] && limit=420
+  part "bench-$suite" $limit "$python" -m fst_fast.bench "$suite" --device cuda --record "$out"
 done
-# DATA: a folder with CIFAR-10 as train.npz and test.npz.
+for tool in memcheck racecheck synccheck initcheck; do
+  if ! command -v compute-sanitizer >/dev/null; then
+    left_out "sanitizer-$tool" "compute-sanitizer is not installed"
+    continue
+  fi
+  part "sanitizer-$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$python" -m pytest -q tests/test_head_step.py tests/test_head_step_deferred.py \
+    tests/test_head_deviation_loss.py \
+    -k "cuda-cuda and (test_found_inf or test_ten_steps or test_parts or (one_setting and plain))"
+  part "sanitizer-$tool-inject" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$python" -m pytest -q tests/test_inject.py -k "cuda and (odd or grey or four-channels)"
+done
 if [ -n "${DATA:-}" ]; then
   part efficacy 900 "$python" benchmarks/efficacy.py --data "$DATA" --suspects "$out/suspects" \
     --width 64 --out "$out"
+else
+  left_out efficacy "DATA is not set"
 fi
+
+for name in "${names[@]}"; do
+  echo "$name: $(sed -E 's/^([0-9]+) /exit status \1, /; s/^- 0 /not run, /' "$out/parts/$name")"
+done >"$out/summary.txt"
+echo "summary: $out/summary.txt, $SECONDS s"
 exit $failed

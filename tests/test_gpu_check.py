@@ -1,0 +1,94 @@
+"""``make gpu-check`` with a Python that only writes down what it is asked: resuming and limits."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.sh"
+FAKE = """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+case "$*" in
+  *"$FAIL"*) [ -z "$FAIL" ] || exit 3 ;;
+esac
+case "$*" in
+  *"$HANG"*) [ -z "$HANG" ] || exec sleep 60 ;;
+esac
+"""
+SUITES = ("head", "inject", "loop", "evaluate", "end2end")
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Runs the script; returns the exit status, the summary's lines and what was called."""
+    tools, log, out = tmp_path / "bin", tmp_path / "log", tmp_path / "out"
+    tools.mkdir()
+    for name in ("python", "compute-sanitizer"):
+        (tools / name).write_text(FAKE)
+        (tools / name).chmod(0o755)
+
+    def run(**settings):
+        log.write_text("")
+        environment = {
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "PYTHON": str(tools / "python"),
+            "LOG": str(log),
+            "FAIL": "",
+            "HANG": "",
+            "DATA": "",
+            **settings,
+        }
+        command = ["bash", str(SCRIPT), str(out)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
+        called = [line for line in log.read_text().splitlines() if "import sklearn" not in line]
+        return result.returncode, (out / "summary.txt").read_text().splitlines(), called
+
+    return run
+
+
+def test_every_part_runs_once(call):
+    status, summary, called = call()
+    assert status == 0
+    assert [line for line in summary if "exit status 0, " not in line] == [
+        "efficacy: left out: DATA is not set"
+    ]
+    for suite in SUITES:
+        assert any(f"fst_fast.bench {suite} --device cuda" in line for line in called)
+    assert sum(line.startswith("--tool") for line in called) == 8
+    # What is there already is not done again, unless that is asked for.
+    assert call() == (0, summary, [])
+    assert len(call(REDO="1")[2]) == len(called)
+
+
+def test_a_failed_part_is_said_and_run_again(call):
+    status, summary, called = call(FAIL="fst_fast.bench inject")
+    assert status == 1
+    assert [line for line in summary if "exit status 3" in line] == [
+        line for line in summary if line.startswith("bench-inject: ")
+    ]
+    # The parts behind it ran all the same.
+    assert any("fst_fast.bench end2end" in line for line in called)
+    status, summary, called = call()
+    assert status == 0
+    assert len(called) == 1
+    assert "bench inject" in called[0]
+    assert not any("exit status 3" in line for line in summary)
+
+
+def test_what_a_machine_lacks_is_left_out(call):
+    status, summary, called = call(FAIL="import sklearn")
+    assert status == 0
+    assert "bench-end2end: left out: needs scikit-learn" in summary
+    assert not any("end2end" in line for line in called)
+
+
+def test_the_whole_has_a_limit(call):
+    status, summary, called = call(HANG="fst_fast info", BUDGET="2")
+    assert status == 1
+    assert any(line.startswith("info: exit status 124, ") for line in summary)
+    assert "tests: not run, no time left; run again to go on" in summary
+    assert len(called) == 2
