@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import _cli_triggers, _cli_values, backends, checkpoint, methods, triggers
+from . import _cli_triggers, _cli_values, backends, checkpoint, methods, profiling, triggers
 from .bench import options as bench
 from .data import DeviceLoader
 from .evaluate import evaluate
@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", type=Path, help="folder of the run's state, to go on after a stop"
     )
     tune.add_argument("--quiet", action="store_true", help="no progress")
+    tune.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE.json",
+        help="a few steps as a Chrome trace, and shares",
+    )
     tune.set_defaults(run=_purify)
 
     measure = commands.add_parser("evaluate", help="clean accuracy; with a trigger, the attack")
@@ -149,10 +155,13 @@ def _purify(options: argparse.Namespace) -> int:
         validation = _loader(options, _load_images(options.validation, options.size), shuffle=False)
     judged = plain if validation is None else validation
     before = evaluate(model, judged, device=options.device, precision=options.precision)
+    method, profile = _method(options), None
+    if options.profile is not None:
+        profile = profiling.of_run(loader, options.epochs * method.epochs_factor, options.profile)
     result = purify(
         model,
-        loader,
-        method=_method(options),
+        loader if profile is None else profile,
+        method=method,
         epochs=options.epochs,
         lr=options.lr,
         momentum=options.momentum,
@@ -167,6 +176,8 @@ def _purify(options: argparse.Namespace) -> int:
         progress=not options.quiet,
         inplace=True,
     )
+    if profile is not None:
+        profile.save(options.profile)
     after = evaluate(result.model, judged, device=options.device, precision=options.precision)
     manifest = result.save(
         options.out,

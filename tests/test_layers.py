@@ -51,6 +51,7 @@ ALLOWED = {
     "graphs": (),
     "ledger": ("progress",),
     "step": ("features", "feed", "guard", "heads", "inputs", "memory", "methods", "ops"),
+    "profiling": ("inputs",),
     "loop": (
         *("averaging", "features", "feed", "graphs", "host_loader", "inputs", "ledger", "methods"),
         *("memory", "progress", "state", "step"),
