@@ -5,6 +5,16 @@ import re
 import sys
 from pathlib import Path
 
+from ladder_tables import (
+    END2END_HEADER,
+    LOOP_HEADER,
+    SHARES_HEADER,
+    end2end_rows,
+    loop_rows,
+    overhead,
+    shares_rows,
+)
+
 from fst_fast.bench.table import error_ratio, size
 from fst_fast.bench.table import time as microseconds
 
@@ -89,7 +99,7 @@ def heads():
 
 def inject():
     """One row per trigger family and size, from the newest record of each device."""
-    return bench_tables("inject", "inject", INJECT_HEADER, inject_row)
+    return bench_tables("inject", "inject", INJECT_HEADER, lambda case: [inject_row(case)])
 
 
 def inject_row(case):
@@ -109,33 +119,34 @@ def inject_row(case):
 
 
 def loop():
-    return bench_tables("loop", "loop", LOOP_HEADER, loop_row)
+    """The ladder; below it, what a step costs beside its forward and backward pass."""
+    return bench_tables("loop", "loop", LOOP_HEADER, loop_rows, overhead)
 
 
 def evaluation():
-    return bench_tables("evaluate", "evaluate", LOOP_HEADER, loop_row)
+    return bench_tables("evaluate", "evaluate", LOOP_HEADER, loop_rows)
 
 
-def loop_row(case):
-    """The ladder in one row: every rung's time, and how many times as fast as plain."""
-    width, images, epochs = case["shape"]
-    rungs = [
-        f"{row['variant']} {microseconds(row['p50_us'])} ({row['speedup_over_plain']:.2f})"
-        for row in case["variants"]
-    ]
-    return [f"width {width}, {images} images, {epochs} epochs", case["threads"], ", ".join(rungs)]
+def shares():
+    """Where the time of a step goes, of plain and of purify as it comes."""
+    return bench_tables("loop", "loop", SHARES_HEADER, shares_rows)
+
+
+def end2end():
+    """Time, clean accuracy and attack success of the whole job; refused rows without times."""
+    return bench_tables("end2end", "end2end", END2END_HEADER, end2end_rows)
 
 
 def head():
     """head_deviation_loss, forward and backward."""
-    return bench_tables("head", "head_deviation_loss", BENCH_HEADER, bench_row)
+    return bench_tables("head", "head_deviation_loss", BENCH_HEADER, lambda c: [bench_row(c)])
 
 
 def head_step():
-    return bench_tables("head", "head_step_", BENCH_HEADER, bench_row)
+    return bench_tables("head", "head_step_", BENCH_HEADER, lambda case: [bench_row(case)])
 
 
-def bench_tables(suite, op, header, row):
+def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
     """The newest record of each device; where there is none, that is said."""
     parts = []
     for device, place in DEVICES.items():
@@ -144,8 +155,13 @@ def bench_tables(suite, op, header, row):
             parts.append(f"Not yet measured on a {place}.")
             continue
         record = max(records, key=lambda record: record["time"])
-        rows = [row(case) for case in record["cases"] if case["op"] == op]
+        rows = [row for case in record["cases"] if case["op"] == op for row in rows_of(case)]
+        if not rows:
+            parts.append(f"Not yet measured on a {place}.")
+            continue
         parts.append(f"{bench_title(record)}\n\n{table(header, rows)}")
+        if note(record):
+            parts.append(note(record))
     return "\n\n".join(parts)
 
 
@@ -217,7 +233,6 @@ INJECT_HEADER = [
     *("trigger", "batch", "dtype", "threads", "PIL", "torch", "best rival", "ours"),
     *("x PIL", "x torch", "GB/s", "of a copy's"),
 ]
-LOOP_HEADER = ["case", "threads", "rung, time (x plain)"]
 VERDICTS = ("right", "refused", "wrong")
 TABLES = {
     "efficacy": efficacy,
@@ -226,7 +241,9 @@ TABLES = {
     "head_step": head_step,
     "inject": inject,
     "loop": loop,
+    "shares": shares,
     "evaluate": evaluation,
+    "end2end": end2end,
     "attacks": attacks,
 }
 

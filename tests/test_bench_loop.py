@@ -8,7 +8,8 @@ from torch import nn
 
 from fst_fast import DeviceLoader, evaluate, purify
 from fst_fast.bench import __main__ as bench
-from fst_fast.bench import loop, machine, plain
+from fst_fast.bench import flops, ladder, loop_cases, machine, overhead, plain
+from fst_fast.lab.models import resnet18
 from fst_fast.triggers import BadNets
 
 CPU = torch.device("cpu")
@@ -18,31 +19,36 @@ RATES = {"copy_gb_per_s": 10.0, "fp32_gflop_per_s": 100.0, "bf16_gflop_per_s": 2
 @pytest.fixture(autouse=True)
 def _still(monkeypatch):
     monkeypatch.setattr(machine, "measure", lambda device, quick: RATES)
-    monkeypatch.setattr(loop, "BATCH", 16)
+    monkeypatch.setattr(loop_cases, "BATCH", 8)
+    # One image of so few is four percent.
+    monkeypatch.setitem(ladder.SHARES_APART, "bf16", 0.1)
 
 
 def run(capsys, suite, *arguments):
-    command = [suite, "--shapes", "2,40,1", "--seconds", "0.01", "--device", "cpu", "--json"]
+    command = [suite, "--shapes", "8,24,1", "--seconds", "0.01", "--device", "cpu", "--json"]
     status = bench.main([*command, *arguments])
-    return status, json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.out, printed.err
+    return status, json.loads(printed.out)
 
 
-def inputs(images=40):
-    return loop.LoopCase("loop", 2, images).make_inputs(CPU)
+def inputs(images=24):
+    return loop_cases.LoopCase("loop", 8, images).make_inputs(CPU)
 
 
 def test_the_plain_loop_is_purify():
     """Written twice, from the paper: the same weights within float32's rounding."""
     # Few steps: they multiply the rounding.
-    case, given = loop.LoopCase("loop", 2, 40, 1), inputs()
-    found = loop._plainly(syncs=True)(given, case, False)
+    case, given = loop_cases.LoopCase("loop", 8, 24, 1), inputs()
+    found = ladder.plainly(syncs=True)(given, case, False, {}).value
     ours = purify(
         given.model_copy(),
         given.device_loader(False),
-        alpha=loop.ALPHA,
-        lr=loop.LR,
+        alpha=ladder.ALPHA,
+        lr=ladder.LR,
         epochs=1,
         precision="fp32",
+        channels_last=False,
         progress=False,
     ).model
     for one, other in zip(found.parameters(), ours.parameters(), strict=True):
@@ -52,9 +58,9 @@ def test_the_plain_loop_is_purify():
 
 def test_plain_counts_are_those_of_evaluate():
     given = inputs(60)
-    found = loop._plain_evaluate(given, None, False)
+    found = ladder.plainly_evaluated(given).value
     loader = DeviceLoader(
-        given.data.images, given.data.labels, shuffle=False, normalize=loop.NORMALIZE
+        given.data.images, given.data.labels, shuffle=False, normalize=loop_cases.NORMALIZE
     )
     metrics = evaluate(given.model, loader, BadNets(), target=0)
     assert found == [metrics.clean_accuracy, metrics.attack_success]
@@ -81,8 +87,12 @@ def test_every_rung_is_right_and_timed(capsys, suite):
     assert status == 0
     (case,) = record["cases"]
     names = [row["variant"] for row in case["variants"]]
-    assert names == [rung.name for rung in loop.RUNGS[suite](CPU)]
+    assert names == [rung.name for rung in ladder.RUNGS[suite](CPU)]
     assert case["refused"] == []
+    for row in case["variants"]:
+        rate = RATES[f"{row['how']['precision']}_gflop_per_s"]
+        assert row["floor_us"] == pytest.approx(case["floor"]["flops"] / rate / 1e3)
+        assert row["cold_us"] > 0
     assert case["variants"][0]["speedup_over_plain"] == pytest.approx(1)
     last = case["variants"][-1]
     first = case["variants"][0]
@@ -90,10 +100,10 @@ def test_every_rung_is_right_and_timed(capsys, suite):
 
 
 def test_a_rung_that_ends_elsewhere_is_refused(capsys, monkeypatch):
-    def lazy(inputs, case, drawn):
-        return inputs.model_copy()
+    def lazy(inputs, case, drawn, how):
+        return ladder.Outcome(inputs.model_copy(), {"precision": "fp32"})
 
-    monkeypatch.setattr(loop, "_purify", lambda precision: lazy)
+    monkeypatch.setattr(ladder, "purified", lambda **options: lazy)
     status, record = run(capsys, "loop", "--variants", "purify")
     assert status == 1
     (case,) = record["cases"]
@@ -101,14 +111,72 @@ def test_a_rung_that_ends_elsewhere_is_refused(capsys, monkeypatch):
     assert "ends at a loss of" in case["refused"][0]["reason"]
 
 
+def test_a_rung_that_fails_is_refused(capsys, monkeypatch):
+    def failing(**options):
+        def run(*_):
+            raise RuntimeError("no room\nmore of it")
+
+        return run
+
+    monkeypatch.setattr(ladder, "purified", failing)
+    status, record = run(capsys, "loop", "--variants", "purify")
+    assert status == 1
+    assert record["cases"][0]["refused"][0]["reason"] == "RuntimeError: no room"
+
+
 def test_an_evaluation_that_counts_wrong_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(loop, "_our_evaluate", lambda *_: [0.5, 0.5])
+    wrong = ladder.Outcome([0.5, 0.5], {"precision": "fp32"})
+    monkeypatch.setattr(ladder, "evaluated", lambda precision: lambda *_: wrong)
     status, record = run(capsys, "evaluate")
     assert status == 1
     assert "gives clean accuracy" in record["cases"][0]["refused"][0]["reason"]
 
 
 def test_people_get_a_table(capsys):
-    command = ["evaluate", "--shapes", "2,16,1", "--seconds", "0.01", "--device", "cpu"]
+    command = ["evaluate", "--shapes", "8,16,1", "--seconds", "0.01", "--device", "cpu"]
     assert bench.main(command) == 0
     assert "x plain" in capsys.readouterr().out
+
+
+def test_flops_are_those_of_the_convolutions():
+    found = flops.per_image(resnet18(10, 64))
+    # 0.5554 G multiply-adds; backward twice as much, but for the gradient of the images.
+    assert found.forward == pytest.approx(2 * 0.5554e9, rel=1e-3)
+    stem = 2 * 32 * 32 * 3 * 64 * 9
+    assert found.training == 3 * found.forward - stem
+    case = loop_cases.LoopCase("loop", 64, 1000, 10)
+    assert case.flops == found.training * 10_000
+    assert loop_cases.LoopCase("evaluate", 64, 1000).flops == 2 * found.forward * 1000
+    rates = {"fp32_gflop_per_s": 100.0, "fp32_conv_gflop_per_s": 250.0}
+    assert flops.microseconds(250e9, rates, "fp32") == pytest.approx(1e6)
+
+
+def test_a_slow_step_beside_its_passes_is_overhead(monkeypatch):
+    """The loop's part is what comes between a batch and the next; the bare pass is not in it."""
+    case, given = loop_cases.LoopCase("loop", 8, 24), inputs()
+    clock = iter(range(10_000))
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(clock))
+
+    def loop_of_seven(inputs, case, drawn, how):
+        loader = inputs.device_loader(drawn)
+        for _ in range(case.epochs):
+            for _ in loader:
+                for _ in range(7 - 1):
+                    next(clock)
+
+    rung = ladder.Rung("ours", None, run=loop_of_seven)
+    found = overhead.overhead(rung, given, case, {"precision": "fp32", "channels_last": True})
+    assert found == {"step_us": 7e6, "forward_backward_us": 1e6, "share": pytest.approx(6 / 7)}
+
+
+def test_overhead_and_shares_of_purify_itself(capsys):
+    _, record = run(capsys, "loop", "--variants", "purify (auto)")
+    (case,) = record["cases"]
+    assert case["overhead"]["forward_backward_us"] > 0
+    assert case["overhead"]["step_us"] > 0
+    assert set(case["shares"]) == {"plain", "purify (auto)"}
+    for found in case["shares"].values():
+        assert found["step_us"] > 0
+        assert sum(found["groups"].values()) == pytest.approx(1, abs=0.05)
+        assert found["groups"]["convolutions"] > 0
+        assert found["groups"]["loader"] > 0

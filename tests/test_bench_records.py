@@ -177,10 +177,12 @@ def test_a_dead_child_is_said_and_the_next_one_started(monkeypatch):
 
 def test_machine_is_measured():
     rates = machine.measure(CPU, quick=True)
-    assert set(rates) == {"copy_gb_per_s", "fp32_gflop_per_s", "bf16_gflop_per_s"}
+    dtypes = ("fp32", "bf16", "fp32_conv", "bf16_conv")
+    assert set(rates) == {"copy_gb_per_s", *(f"{dtype}_gflop_per_s" for dtype in dtypes)}
     # A machine of this century, and no supercomputer.
     assert 0.1 < rates["copy_gb_per_s"] < 1e4
     assert 0.1 < rates["fp32_gflop_per_s"] < 1e5
+    assert 0.1 < rates["fp32_conv_gflop_per_s"] < 1e5
 
 
 def test_threads_are_put_back(monkeypatch):

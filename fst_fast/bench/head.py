@@ -34,7 +34,16 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
     """Measure everything; returns the record."""
     method = {**METHOD, "memory": memory.METHOD[settings.device.type]}
     with memory.Child() as child:
-        return suite.run(NAME, method, settings, lambda case: measure(case, settings, child), say)
+        return suite.run(
+            NAME,
+            method,
+            settings,
+            lambda case, rates: {
+                "floor": cases.floor(case, rates),
+                **measure(case, settings, child),
+            },
+            say,
+        )
 
 
 def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[str, Any]:

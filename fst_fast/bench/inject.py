@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fst_fast.ops import inject
 
-from . import inject_peers, machine, suite, timing
+from . import cases, inject_peers, machine, suite, timing
 from .inject_cases import SETS, STD, InjectCase, InjectInputs
 from .suite import Settings
 
@@ -38,7 +38,13 @@ MOST_DIFFERING = 0.01
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure everything; returns the record."""
-    return suite.run(NAME, METHOD, settings, lambda case: measure(case, settings), say)
+    return suite.run(
+        NAME,
+        METHOD,
+        settings,
+        lambda case, rates: {"floor": cases.floor(case, rates), **measure(case, settings)},
+        say,
+    )
 
 
 def measure(case: InjectCase, settings: Settings) -> dict[str, Any]:

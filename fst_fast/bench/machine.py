@@ -21,26 +21,41 @@ FALLBACK_CACHE_BYTES = 32 * 2**20
 
 
 def measure(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """Copy bandwidth (read + written) and torch.mm's rates: the best of a few runs each."""
+    """Copy bandwidth (read + written); rates of torch.mm and a convolution: the best of a few."""
     size = COPY_BYTES // 4
     source, target = torch.randn(size, device=device), torch.empty(size, device=device)
     seconds = _best(lambda: target.copy_(source), device)
     out = {"copy_gb_per_s": 2 * COPY_BYTES / seconds / 1e9}
     side = 8192 if device.type == "cuda" else (1024 if quick else 2048)
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device.type == "cuda":
+        dtypes["fp16"] = torch.float16
+    for name, dtype in dtypes.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         seconds = _best(lambda a=a, b=b: torch.mm(a, b), device)  # type: ignore[misc]
         out[f"{name}_gflop_per_s"] = 2 * side**3 / seconds / 1e9
+        out[f"{name}_conv_gflop_per_s"] = _convolution(device, dtype, quick)
     return out
+
+
+def _convolution(device: torch.device, dtype: torch.dtype, quick: bool) -> float:
+    """GFLOP/s of a 3 x 3 convolution in the middle of a ResNet; on a GPU float32 may be TF32."""
+    batch, channels = (512, 512) if device.type == "cuda" else (8 if quick else 32, 256)
+    images = torch.randn(batch, channels, 16, 16, device=device).to(dtype)
+    kernel = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    images, kernel = (t.contiguous(memory_format=torch.channels_last) for t in (images, kernel))
+    seconds = _best(lambda: torch.conv2d(images, kernel, padding=1), device)
+    # A multiply-add with a padded pixel is counted as well, as FlopCounterMode does.
+    return 2 * images.numel() * channels * 9 / seconds / 1e9
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
     times: list[float] = []
     for _ in range(REPEATS + 1):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - start)
         # A machine without fast bfloat16 needs seconds for one.
         if times[-1] > 2:
@@ -48,7 +63,8 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -12,13 +12,29 @@ from typing import Any
 
 import torch
 
-from . import cases, head, inject, inject_cases, inject_peers, loop, peers, records, suite, table
+from . import (
+    cases,
+    end2end,
+    head,
+    inject,
+    inject_cases,
+    inject_peers,
+    jobs,
+    ladder,
+    loop,
+    loop_cases,
+    peers,
+    records,
+    suite,
+    table,
+)
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
     "head": head.run,
     "inject": inject.run,
     "loop": functools.partial(loop.run, "loop"),
     "evaluate": functools.partial(loop.run, "evaluate"),
+    "end2end": end2end.run,
 }
 ALL = "all"
 
@@ -38,6 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_list_of(str, inject_cases.FAMILIES),
         help=f"of inject, by comma: {', '.join(inject_cases.FAMILIES)}; default: all",
     )
+    job = parser.add_argument_group("of end2end")
+    job.add_argument(
+        "--checkpoint",
+        type=_list_of(str, jobs.PLANS),
+        default=["digits"],
+        help=f"by comma: {', '.join(jobs.PLANS)}; default: digits, which needs no data",
+    )
+    job.add_argument("--data", type=Path, help="CIFAR-10: a folder with train.npz and test.npz")
+    job.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("out") / "checkpoints",
+        help="where trained suspects are kept (default: %(default)s)",
+    )
+    job.add_argument("--test-images", type=int, help="default: 2,000 on a CPU, all on a GPU")
+    job.add_argument("--seeds", type=int, help="at least 2; default: 5")
     parser.add_argument(
         "--dtype",
         type=_list_of(str, cases.DTYPES),
@@ -127,8 +160,10 @@ def make_settings(options: argparse.Namespace, name: str) -> suite.Settings:
 
 
 def _known(name: str, device: torch.device) -> list[str]:
-    if name in loop.RUNGS:
-        return [rung.name for rung in loop.RUNGS[name](device)]
+    if name in ladder.RUNGS:
+        return [rung.name for rung in ladder.RUNGS[name](device)]
+    if name == end2end.NAME:
+        return list(end2end.VARIANTS)
     return (inject_peers if name == "inject" else peers).known()
 
 
@@ -138,9 +173,31 @@ def _cases(options: argparse.Namespace, name: str, device: torch.device) -> Sequ
         return inject_cases.select(options.families, shapes, options.dtype, quick)
     if options.families is not None and options.suite != ALL:
         raise ValueError(f"--families must be left out of the suite {name}; it belongs to inject")
-    if name in loop.RUNGS:
-        return loop.select(name, shapes, quick, device)
+    if name in ladder.RUNGS:
+        return loop_cases.select(name, shapes, quick, device)
+    if name == end2end.NAME:
+        return _jobs(options)
     return cases.select(shapes, options.dtype, quick)
+
+
+def _jobs(options: argparse.Namespace) -> list[end2end.End2EndCase]:
+    if options.shapes is not None and options.suite != ALL:
+        raise ValueError("--shapes must be left out of the suite end2end; see --checkpoint")
+    seeds = options.seeds
+    if seeds is None:
+        seeds = end2end.QUICK_SEEDS if options.quick else end2end.SEEDS
+    if seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for a spread, got {seeds}")
+    if options.test_images is not None and options.test_images < 1:
+        raise ValueError(f"--test-images must be at least 1, got {options.test_images}")
+    for name in options.checkpoint:
+        jobs.check(name, options.data)
+    return [
+        end2end.End2EndCase(
+            name, options.data, options.checkpoints, options.test_images, seeds, options.quick
+        )
+        for name in options.checkpoint
+    ]
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from fst_fast.data import Augment
 from fst_fast.heads import logits_of
 from fst_fast.inputs import autocast
 from fst_fast.lab.datasets import ImageSet
@@ -33,18 +34,21 @@ class Pictures(Dataset):
         self,
         data: ImageSet,
         normalize: Normalization,
-        augment: bool = False,
+        augment: Augment | None = None,
         change: Change | None = None,
     ) -> None:
         from torchvision import transforms
 
         size = data.images.shape[1:3]
-        moved = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()]
+        moved: list[Any] = []
+        if augment is not None:
+            moved = [transforms.RandomCrop(size, padding=augment.pad)]
+            moved += [transforms.RandomHorizontalFlip()] if augment.flip else []
         fixed = [transforms.ToTensor(), transforms.Normalize(*normalize)]
         self._images = data.images.numpy()
         self._labels = data.labels.tolist()
         self._change = change
-        self._transform = transforms.Compose([*moved, *fixed] if augment else fixed)
+        self._transform = transforms.Compose([*moved, *fixed])
 
     def __len__(self) -> int:
         return len(self._labels)

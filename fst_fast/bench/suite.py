@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import cases, machine, peers, records, timing
+from . import machine, peers, records, timing
 
 SCHEMA = 1
 TIME_METHOD = {
@@ -41,10 +41,13 @@ def run(
     name: str,
     method: Mapping[str, str],
     settings: Settings,
-    measure: Callable[[Any], dict[str, Any]],
+    measure: Callable[[Any, Mapping[str, float]], dict[str, Any]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure every case on every number of threads; returns the record."""
+    """Measure every case on every number of threads; returns the record.
+
+    ``measure`` takes a case and the machine's rates, and returns what the record says of it.
+    """
     now = datetime.datetime.now(datetime.timezone.utc)
     record: dict[str, Any] = {
         "suite": name,
@@ -73,8 +76,7 @@ def run(
             record["machine"].append({"threads": threads, **rates})
             for case in settings.cases:
                 say(f"{case}, threads: {threads}")
-                row = {"threads": threads, "floor": cases.floor(case, rates), **measure(case)}
-                record["cases"].append(row)
+                record["cases"].append({"threads": threads, **measure(case, rates)})
     finally:
         torch.set_num_threads(threads_before)
     record["load_average"]["after"] = machine.load_average()

@@ -25,7 +25,14 @@ INJECT_COLUMNS = (
     *("case", "variant", "p20", "p50", "p80", "x PIL", "x torch"),
     *("GB/s", "of copy's", "same as the reference"),
 )
-LOOP_COLUMNS = ("case", "variant", "p20", "p50", "p80", "x plain", "by round")
+LOOP_COLUMNS = (
+    *("case", "variant", "cold", "p20", "p50", "p80", "x plain", "by round"),
+    *("precision", "floor", "of floor's speed"),
+)
+END2END_COLUMNS = (
+    *("case", "variant", "cold", "warm", "tuning", "measuring", "x plain", "by seed"),
+    *("clean accuracy", "attack success", "precision", "of floor's speed"),
+)
 # Below that of float32 a ratio of errors says nothing.
 ROUNDING = 6e-8
 
@@ -55,6 +62,9 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table, highlight=False)
+    for case in record["cases"]:
+        for note in _notes(case):
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def name(case: dict[str, Any]) -> str:
@@ -116,13 +126,69 @@ def _loop_rows(case: dict[str, Any]) -> list[list[str]]:
     rows = [
         [
             row["variant"],
-            *(time(row[f"{p}_us"]) for p in ("p20", "p50", "p80")),
-            f"{row['speedup_over_plain']:.2f}",
-            " - ".join(f"{ratio:.2f}" for ratio in row["speedup_range_plain"]),
+            *(time(row[f"{p}_us"]) for p in ("cold", "p20", "p50", "p80")),
+            *_ratio(row),
+            row["how"]["precision"],
+            time(row["floor_us"]),
+            percent(row["floor_us"] / row["p50_us"], 0),
         ]
         for row in case["variants"]
     ]
     return rows + _refused(case, len(LOOP_COLUMNS))
+
+
+def _end2end_rows(case: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        [
+            row["variant"],
+            *(time(row[f"{part}_us"]) for part in ("cold", "p50", "tune", "evaluate")),
+            *_ratio(row),
+            *(spread(row[name]) for name in ("clean_accuracy", "attack_success")),
+            row["how"]["precision"],
+            percent(row["floor_us"] / row["p50_us"], 0),
+        ]
+        for row in case["variants"]
+    ]
+    return rows + _refused(case, len(END2END_COLUMNS))
+
+
+def _ratio(row: dict[str, Any]) -> list[str]:
+    between = " - ".join(f"{ratio:.2f}" for ratio in row["speedup_range_plain"])
+    return [f"{row['speedup_over_plain']:.2f}", between]
+
+
+def _notes(case: dict[str, Any]) -> list[str]:
+    """What a case says beside its rows."""
+    lines = []
+    for variant, shares in (case.get("shares") or {}).items():
+        if shares is not None:
+            groups = shares["groups"].items()
+            parts = ", ".join(f"{name} {percent(share)}" for name, share in groups)
+            lines.append(f"a profiled step of {variant}, {time(shares['step_us'])}: {parts}")
+    found = case.get("overhead")
+    if found is not None:
+        lines.append(
+            f"overhead of a step: {percent(found['share'])} ({time(found['step_us'])}, bare "
+            f"forward and backward {time(found['forward_backward_us'])})"
+        )
+    if "before" in case:
+        accuracy, success = (
+            percent(case["before"][k]) for k in ("clean_accuracy", "attack_success")
+        )
+        lines.append(
+            f"{case['family']} before: clean accuracy {accuracy}, attack success {success}"
+        )
+    return lines
+
+
+def spread(found: dict[str, Any]) -> str:
+    """Mean and standard deviation of a rate in 0..1."""
+    return f"{100 * found['mean']:.1f} +- {100 * found['std']:.1f} %"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.123 to 12.3 %."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def _refused(case: dict[str, Any], columns: int) -> list[list[str]]:
@@ -161,4 +227,5 @@ _SUITES = {
     "inject": (INJECT_COLUMNS, _inject_rows),
     "loop": (LOOP_COLUMNS, _loop_rows),
     "evaluate": (LOOP_COLUMNS, _loop_rows),
+    "end2end": (END2END_COLUMNS, _end2end_rows),
 }
