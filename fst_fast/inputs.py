@@ -240,11 +240,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def memory_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """channels_last where the model takes it; contiguous where it does not.
+    """channels_last where the model takes it; contiguous where it does not, or may crash.
 
     Convolutions are faster in channels-last, but ``x.view(len(x), -1)`` after them is refused by
     PyTorch, so two images are tried. The model should be in eval mode.
     """
+    if safe_layout(model, images.device) == torch.contiguous_format:
+        return torch.contiguous_format
     with torch.no_grad():
         try:
             model(images[:2].contiguous(memory_format=torch.channels_last))
@@ -252,3 +254,19 @@ def memory_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
             # Whatever it was, the first real batch meets it again, with nothing hidden.
             return torch.contiguous_format
     return torch.channels_last
+
+
+def safe_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """channels_last, but for models whose backward pass may then crash the process.
+
+    On CPUs without AVX-512, oneDNN 3.12 writes past its memory in a channels-last 1x1 convolution
+    with a stride and fewer than 8 input channels.
+    """
+    crashes = device.type == "cpu" and any(
+        isinstance(m, nn.Conv2d)
+        and m.kernel_size == (1, 1)
+        and m.stride != (1, 1)
+        and m.in_channels // m.groups < 8
+        for m in model.modules()
+    )
+    return torch.contiguous_format if crashes else torch.channels_last

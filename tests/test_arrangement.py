@@ -12,6 +12,7 @@ import fst_fast
 from fst_fast import arrangement
 from fst_fast.arrangement import Arrangement, Wishes, arrange, choose, threads_of
 from fst_fast.inputs import native_bf16
+from fst_fast.lab.models import resnet18
 
 START = Arrangement(channels_last=True, precision="bf16", threads=4)
 BATCH = make_batches(1, size=8)[0]
@@ -187,3 +188,13 @@ def test_deterministic_runs_try_nothing(monkeypatch):
     runs = [quick(make_model(), make_batches(), deterministic=True, **free) for _ in range(2)]
     assert equal_states(*(run.model.state_dict() for run in runs))
     assert runs[0].settings["deterministic"]
+
+
+@pytest.mark.parametrize(("width", "taken"), [(4, False), (8, True)])
+def test_no_layout_in_which_a_backward_pass_may_crash(width, taken):
+    """Without the rule the process dies here on CPUs without AVX-512."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(24, 3, 32, 32), torch.arange(24) % 4) for _ in range(2)]
+    result = quick(resnet18(4, width), batches, channels_last=True)
+    assert result.settings["channels_last"] is taken
+    assert len(result.history) == 2

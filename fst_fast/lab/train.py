@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import DeviceLoader
+from ..inputs import safe_layout
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def train(
         on_epoch: called after each epoch with its number (from 1), mean loss and seconds so far.
     """
     started = time.perf_counter()
-    model.to(loader.device).to(memory_format=torch.channels_last).train()
+    layout = safe_layout(model, loader.device)
+    model.to(loader.device).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings.lr,
@@ -67,6 +69,7 @@ def train(
     for epoch in range(settings.epochs):
         total = torch.zeros((), device=loader.device)
         for images, labels in loader:
+            images = images.contiguous(memory_format=layout)
             total += _step(model, images, labels, optimizer, settings.precision == "bf16")
             schedule.step()
         if on_epoch is not None:
