@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(NATIVE)
 
-.PHONY: setup demo test lint format tables bench gpu-check clean
+.PHONY: setup demo test lint format tables hostile bench gpu-check clean
 
 setup: $(STAMP)
 
@@ -41,7 +41,12 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
-# Writes the tables of README.md from the records under benchmarks/results.
+# Hostile files, crashes and broken data, in full; make test runs a short part of it.
+hostile: $(STAMP)
+	PYTHONPATH=tests $(PY) -m hostile
+	$(PY) benchmarks/tables.py
+
+# Writes the tables of README.md and docs/ from the records under benchmarks/results.
 tables: $(STAMP)
 	$(PY) benchmarks/tables.py
 

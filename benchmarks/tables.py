@@ -1,4 +1,4 @@
-"""Write the README's tables from the records: python benchmarks/tables.py [--check]"""
+"""Write the tables of the documents from the records: python benchmarks/tables.py [--check]"""
 
 import json
 import re
@@ -20,6 +20,7 @@ from fst_fast.bench.table import time as microseconds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/reliability.md")
 
 
 def newest(pattern):
@@ -95,6 +96,22 @@ def heads():
         counts = [verdicts.get(f"{library} {verdict}", 0) for verdict in VERDICTS]
         rows.append([f"{library} {record['versions'][library].split('+')[0]}", *counts])
     return table(["library", *VERDICTS], rows)
+
+
+def reliability():
+    """What the suites of tests/hostile counted, each suite's newest record."""
+    records = newest("hostile/*.json")
+    parts = [
+        f"`{record['suite']}`, {record['date']}, {(record['commit'] or 'no commit')[:7]}, "
+        f"{record['seconds'] / 60:.0f} min on {record['machine']['cores']} cores:\n\n"
+        + table(RELIABILITY_HEADER, [reliability_row(row) for row in record["rows"]])
+        for record in records
+    ]
+    return "\n\n".join(parts) or "Not yet measured."
+
+
+def reliability_row(row):
+    return [row["what"], *(f"{row[name]:,}" for name in ("count", "found", "limit"))]
 
 
 def inject():
@@ -233,6 +250,7 @@ INJECT_HEADER = [
     *("trigger", "batch", "dtype", "threads", "PIL", "torch", "best rival", "ours"),
     *("x PIL", "x torch", "GB/s", "of a copy's"),
 ]
+RELIABILITY_HEADER = ["what", "tried", "found", "at most"]
 VERDICTS = ("right", "refused", "wrong")
 TABLES = {
     "efficacy": efficacy,
@@ -245,6 +263,7 @@ TABLES = {
     "evaluate": evaluation,
     "end2end": end2end,
     "attacks": attacks,
+    "reliability": reliability,
 }
 
 
@@ -256,12 +275,14 @@ def fill(text):
 
 
 def main():
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = fill(before)
-    if "--check" in sys.argv:
-        return 0 if before == after else "README.md is not what the records say; run make tables"
-    readme.write_text(after)
+    for name in DOCUMENTS:
+        path = ROOT / name
+        before = path.read_text()
+        after = fill(before)
+        if "--check" in sys.argv and before != after:
+            return f"{name} is not what the records say; run make tables"
+        if before != after:
+            path.write_text(after)
     return 0
 
 

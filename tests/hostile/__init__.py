@@ -1,0 +1,1 @@
+"""Hostile files, crashes and broken data: ``PYTHONPATH=tests python -m hostile [SUITE ...]``."""
