@@ -49,7 +49,7 @@ def options(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"an option must be NAME=VALUE, got {pair!r}")
         try:
             parsed = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             parsed = value
         out[name] = tuple(parsed) if isinstance(parsed, list) else parsed
     return out

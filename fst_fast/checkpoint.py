@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -15,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fst_fast import manifest as manifests
 from fst_fast.architectures import Arch, build
 from fst_fast.files import dump_json, replace_pair, sha256, strict_json, write_temporary
 from fst_fast.untrusted import (
     FLOATS,
-    FORMAT,
     LoadError,
     fault,
     few,
@@ -30,9 +29,6 @@ from fst_fast.untrusted import (
 
 # LoadError, read_state_dict and sha256 live in the files above; callers find them here.
 __all__ = ["LoadError", "check_writable", "load", "read_state_dict", "save", "sha256", "versions"]
-
-FORMAT_VERSION = 1
-_RESERVED = {"format", "format_version", "payload", "sha256", "size_bytes"}
 
 
 def load(
@@ -88,23 +84,18 @@ def save(
             become null. ``versions`` is added where absent.
     Returns:
         The manifest as written: the fields, format, format_version, payload (the file's name),
-        sha256 and size_bytes.
+        sha256 and size_bytes of the payload, and manifest_sha256.
     Raises:
         ValueError: a wrong path, field or tensor; found before anything is written.
         OSError: the disk refused.
     """
     path = check_writable(path)
     payload = safetensors.torch.save(_storable(model_or_state_dict), {"format": "pt"})
-    reserved = sorted(manifest.keys() & _RESERVED)
+    reserved = sorted(manifest.keys() & manifests.RESERVED)
     if reserved:
         raise ValueError(f"save: manifest must leave {reserved} to save(), got them; rename them")
-    fields = strict_json({"versions": versions(), **manifest}, "manifest") | {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "payload": path.name,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "size_bytes": len(payload),
-    }
+    given = strict_json({"versions": versions(), **manifest}, "manifest")
+    fields = manifests.seal(given, path.name, payload)
     replace_pair(path, payload, path.with_suffix(".json"), dump_json(fields))
     return fields
 

@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | triggers | bench | info``."""
+"""The command line: ``fst-fast demo | purify | evaluate | triggers | bench | inspect | info``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import _cli_triggers, _cli_values, backends, checkpoint, methods, profiling, triggers
+from . import (
+    _cli_inspect,
+    _cli_triggers,
+    _cli_values,
+    backends,
+    checkpoint,
+    methods,
+    profiling,
+    triggers,
+)
 from .bench import options as bench
 from .data import DeviceLoader
 from .evaluate import evaluate
@@ -102,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     measured = commands.add_parser("bench", help="time the ops here, each result checked first")
     bench.add_arguments(measured)
     measured.set_defaults(run=bench.run)
+
+    seen = commands.add_parser("inspect", help="what a model file holds, without loading it")
+    _cli_inspect.add_arguments(seen)
 
     info = commands.add_parser("info", help="backends, how they were built, what is missing")
     info.add_argument("--json", action="store_true")

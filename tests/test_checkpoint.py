@@ -208,7 +208,7 @@ def test_manifest(tmp_path):
     assert returned["payload"] == "m.safetensors"
     assert returned["size_bytes"] == path.stat().st_size
     assert returned["sha256"] == checkpoint.sha256(path)
-    assert returned["format_version"] == 1
+    assert returned["format_version"] == 2
     assert returned["versions"] == checkpoint.versions()
     assert returned["versions"]["torch"] == torch.__version__
     assert math.isnan(history[0]["loss"])

@@ -1,5 +1,7 @@
 """files: a pair is replaced or left, whatever fails; a changed byte is found on loading."""
 
+import json
+import math
 import os
 
 import pytest
@@ -82,27 +84,51 @@ def test_killed_at_any_call_the_payload_still_loads(tmp_path, monkeypatch):
     assert {with_manifest for _, with_manifest in states} == {True, False}
 
 
-def test_every_flipped_byte_is_found(tmp_path):
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_every_flipped_byte_is_found(tmp_path, suffix):
     path = tmp_path / "m.safetensors"
-    save(path, {"w": torch.arange(8.0)}, {})
-    whole = path.read_bytes()
+    save(path, {"w": torch.arange(8.0)}, {"note": "é", "rate": 0.1, "versions": {}})
+    flipped = path.with_suffix(suffix)
+    whole = flipped.read_bytes()
     for at in range(len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        flipped.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(LoadError, match=r"bytes that m\.json recorded"):
             read_state_dict(path)
+    flipped.write_bytes(whole)
+    read_state_dict(path)
 
 
 def test_a_damaged_manifest_is_found(tmp_path):
     path = tmp_path / "m.safetensors"
     save(path, Net(), {})
     beside = path.with_suffix(".json")
-    beside.write_bytes(beside.read_bytes()[:-9])
-    refused(path, "nothing readable", "remove m.json")
+    whole = beside.read_bytes()
+    beside.write_bytes(whole[:-9])
+    refused(path, "not readable", "remove m.json")
+    fields = json.loads(whole)
+    for changed in ({"seed": 3}, {"rate": math.nan}, {"format_version": 3}, {"format": "other"}):
+        beside.write_text(json.dumps(fields | changed))
+        refused(path, "a manifest that", "remove m.json")
+    beside.write_text(json.dumps(fields))
+    refused(path, "changed after it was written")
     beside.unlink()
     load(path, Net, 3)
 
 
-@pytest.mark.parametrize("text", ['{"sha256": "x"}', "[1]", "not JSON", "[" * 100_000])
+def test_a_manifest_of_the_first_version_has_no_digest_of_its_own(tmp_path):
+    path = tmp_path / "m.safetensors"
+    fields = save(path, Net(), {})
+    del fields["manifest_sha256"]
+    beside = path.with_suffix(".json")
+    beside.write_text(json.dumps(fields | {"format_version": 1}))
+    load(path, Net, 3)
+    beside.write_text(json.dumps(fields | {"format_version": 1, "sha256": "0"}))
+    refused(path, "recorded '0'")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"sha256": "x"}', "[1]", "not JSON", "[" * 100_000, '{"payload": 3}']
+)
 def test_other_peoples_json_is_ignored(tmp_path, text):
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(Net().state_dict(), path)

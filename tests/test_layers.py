@@ -29,8 +29,15 @@ ALLOWED = {
     "data": ("_uploads", "host_loader", "lift", "ops", "pixels", "poisoning", "triggers"),
     "architectures": (),
     "files": (),
-    "untrusted": ("files",),
-    "checkpoint": ("architectures", "files", "untrusted"),
+    "_state_dicts": (),
+    # Runs in the reading process.
+    "_pickles": ("_state_dicts",),
+    "_pickle_facts": ("_pickles", "_state_dicts"),
+    "_reader": ("_pickle_facts", "_pickles", "_state_dicts"),
+    "sandbox": (),
+    "manifest": ("files",),
+    "untrusted": ("_state_dicts", "manifest", "sandbox"),
+    "checkpoint": ("architectures", "files", "manifest", "untrusted"),
     "_head_graph": (),
     "_head_probe": ("_head_graph",),
     "heads": ("_head_graph", "_head_probe"),
@@ -67,6 +74,8 @@ ALLOWED = {
     "lab": ANYTHING,
     "report": (),
     "bench": ANYTHING,
+    "inspect_file": ("files", "manifest", "untrusted"),
+    "_cli_inspect": ("inspect_file",),
     "_cli_triggers": ANYTHING,
     "_cli_values": ("pixels",),
     "cli": ANYTHING,
@@ -80,6 +89,12 @@ OUTSIDE = {
     "_head_probe": ("torch",),
     "heads": ("torch",),
     "checkpoint": ("torch", "safetensors"),
+    # The reading process starts with these: what they import, every first .pt waits for.
+    "_state_dicts": ("torch",),
+    "_pickles": ("torch",),
+    "_pickle_facts": ("torch",),
+    "_reader": ("torch",),
+    "sandbox": (),
 }
 
 

@@ -284,7 +284,7 @@ def test_old_names_of_numpy_are_known_too(tmp_path):
 def test_an_array_in_the_weights_is_refused(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"w": torch.ones(2), "v": np.ones(3)}, path)
-    refused(path, "'v': a NumPyObject")
+    refused(path, "'v': a Ignored")
 
 
 @FORMATS
