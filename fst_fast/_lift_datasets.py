@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torchvision.datasets.folder import default_loader, pil_loader
 from torchvision.transforms.v2 import functional
 
 from ._lift_transforms import NotLiftableError, Pipeline, name_of, read_pipeline, to_bytes
+from .decoding import ImageError, decode
 
 KNOWN = (
     "CIFAR10, CIFAR100, GTSRB, SVHN, MNIST and its kin, ImageFolder, TensorDataset, and Subset and "
@@ -36,9 +38,8 @@ class Source:
     """One dataset taken apart.
 
     labels: [N] integers as the dataset holds them.
-    read: gives the PIL image at an index.
+    read: gives the PIL image at an index; ImageError where it is refused.
     array: [N, H, W, C] uint8 in memory; None where images are in files.
-    files: the path of each image; None where there are none.
     table: [C, 256] float32 for tensors, whose values are known without a pipeline.
     """
 
@@ -46,7 +47,6 @@ class Source:
     pipeline: Pipeline
     read: Callable[[int], Any]
     array: np.ndarray | None = None
-    files: Sequence[str] | None = None
     table: Tensor | None = None
 
 
@@ -130,15 +130,10 @@ def _decoded(source: Source, indices: np.ndarray, skip: bool) -> Iterator[np.nda
     def one(index: int) -> np.ndarray | None:
         try:
             image = source.read(index)
-        # Pillow raises a dozen kinds of errors for broken files.
-        except Exception as error:
+        except ImageError as error:
             if skip:
                 return None
-            where = source.files[index] if source.files is not None else f"at {index}"
-            raise ValueError(
-                f"lift: image {where} cannot be read ({error}); remove it, or pass "
-                "skip_corrupt=True"
-            ) from error
+            raise ValueError(f"lift: {error}, or pass skip_corrupt=True") from error
         for step in source.pipeline.fixed:
             image = step(image)
         return to_bytes(image)
@@ -198,11 +193,15 @@ def _arrays(dataset: Any, data: Any, labels: Any) -> Source:
     return Source(np.asarray(labels), read_pipeline(dataset.transform), read, array=data)
 
 
-def _files(dataset: Any, samples: Any, load: Callable[[str], Any]) -> Source:
-    files = [path for path, _ in samples]
+def _files(dataset: Any, samples: Any) -> Source:
+    files = [str(path) for path, _ in samples]
     labels = np.asarray([label for _, label in samples])
-    pipeline = read_pipeline(dataset.transform)
-    return Source(labels, pipeline, lambda index: load(files[index]), files=files)
+
+    def read(index: int) -> Image.Image:
+        # To the last bit what the dataset's own loader makes of it, or an error.
+        return decode(Path(files[index]), files[index], deep=False)
+
+    return Source(labels, read_pipeline(dataset.transform), read)
 
 
 def _folder(dataset: Any) -> Source:
@@ -211,7 +210,7 @@ def _folder(dataset: Any) -> Source:
             f"image loader {name_of(dataset.loader)} is not recognised; recognised is "
             "torchvision's own"
         )
-    return _files(dataset, dataset.samples, dataset.loader)
+    return _files(dataset, dataset.samples)
 
 
 def _tensors(dataset: Any) -> Source:
@@ -261,16 +260,11 @@ def _bytes_by(images: Tensor, table: Tensor) -> Tensor | None:
     return stored if torch.equal(table[stored.int()], images) else None
 
 
-def _open_file(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 _SOURCES: dict[type, Callable[[Any], Source]] = {
     datasets.CIFAR10: lambda d: _arrays(d, d.data, d.targets),
     datasets.MNIST: lambda d: _arrays(d, np.asarray(d.data)[..., None], d.targets),
     datasets.SVHN: lambda d: _arrays(d, np.asarray(d.data).transpose(0, 2, 3, 1), d.labels),
-    datasets.GTSRB: lambda d: _files(d, d._samples, _open_file),
+    datasets.GTSRB: lambda d: _files(d, d._samples),
     datasets.DatasetFolder: _folder,
     TensorDataset: _tensors,
 }

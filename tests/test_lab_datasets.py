@@ -161,7 +161,8 @@ def test_several_sizes_need_a_size(tmp_path):
     content = {"a/1.png": png(flat), "a/2.png": png(picture(2, 10, 10))}
     write_folder(tmp_path, content)
     with pytest.raises(
-        ValueError, match=r"one size, got \[\(10, 10, 3\), \(20, 30, 3\)\]; pass size="
+        ValueError,
+        match=r"one size, got \[20, 30, 3\] in .*1.png and \[10, 10, 3\] in .*2.png; pass size=",
     ):
         datasets.folder(tmp_path)
     images = datasets.folder(tmp_path, size=10).images
@@ -186,7 +187,7 @@ DAMAGED = {
 def test_a_file_that_is_no_picture_is_named(tmp_path, data):
     write_folder(tmp_path, {"a/1.png": png(picture(1)), "b/broken.png": data})
     with pytest.raises(
-        ValueError, match=r"folder: cannot decode .*broken.png: .*; remove or repair"
+        ValueError, match=r"folder .*: image .*broken.png must be .*, got .*; remove"
     ):
         datasets.folder(tmp_path)
 
@@ -265,10 +266,12 @@ def test_files_that_are_no_archive_are_refused(tmp_path):
 def test_pictures_and_labels_of_an_archive_must_agree(tmp_path):
     files = [png(picture(1)), png(picture(2))]
     path = write_npz(tmp_path / "x.npz", files, labels=np.zeros(3, int))
-    with pytest.raises(ValueError, match="has 2 images but 3 labels"):
+    with pytest.raises(
+        ValueError, match=r"labels as integers \[2\], one per image, got int64 \[3\]"
+    ):
         datasets.npz(path)
     path = write_npz(tmp_path / "x.npz", [files[0], b"no picture"])
-    with pytest.raises(ValueError, match=r"npz: cannot decode image 1 of .*x.npz"):
+    with pytest.raises(ValueError, match=r"npz .*: image 1 of .*x.npz must be an undamaged"):
         datasets.npz(path)
     path = write_npz(tmp_path / "x.npz", [files[0], png(picture(3, 9, 9))])
     with pytest.raises(ValueError, match="images must have one size"):

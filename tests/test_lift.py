@@ -428,7 +428,7 @@ def test_a_corrupt_file_is_named_or_left_out_with_one_warning(damage, tmp_path, 
         hurt.unlink()
     else:
         hurt.write_bytes(hurt.read_bytes()[:300] if damage == "truncated" else b"hello")
-    with pytest.raises(ValueError, match=r"dog/0\.jpg cannot be read .* skip_corrupt=True"):
+    with pytest.raises(ValueError, match=r"dog/0\.jpg must be an undamaged .* skip_corrupt=True"):
         lift(DataLoader(dataset))
     with pytest.warns(UserWarning, match="left out 1 of 7 images") as warned:
         lifted = lift(DataLoader(dataset), skip_corrupt=True)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import os
 import warnings
-import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, resize
 
+from ..decoding import ImageError, decode
 from ..pixels import Normalization
-
-# What np.load raises on files that are damaged, empty, of another kind, or not there.
-_UNREADABLE = (
-    *(KeyError, ValueError, OSError, EOFError),
-    *(zipfile.BadZipFile, AttributeError, TypeError),
-)
+from ._archive import read_archive
 
 
 @dataclass(frozen=True)
@@ -95,93 +90,107 @@ def cifar10(root: str | Path, train: bool = True, download: bool = False) -> Ima
     return ImageSet(torch.from_numpy(data.data), torch.tensor(data.targets), tuple(data.classes))
 
 
-def _decode(encoded: bytes, size: int | None) -> Tensor:
-    """One encoded file to [H, W, 3] uint8; OSError where it is none."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            # Of 16 bits per pixel, convert() would clip rather than keep the upper 8.
-            deep = opened.mode.startswith("I")
-            upper = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if deep else opened
-            image = upper.convert("RGB")
-    except Exception as error:
-        # On damaged files Pillow raises SyntaxError, TypeError, ValueError and more.
-        raise OSError(f"{type(error).__name__}: {error}") from error
+def _pixels(source: Path | bytes, where: str, size: int | None) -> Tensor:
+    """One image as [H, W, 3] uint8."""
+    image = decode(source, where)
     if size is not None and image.size != (size, size):
         image = center_crop(resize(image, [size]), [size, size])
     return torch.from_numpy(np.array(image))
 
 
-def _stack(images: list[Tensor], source: str) -> Tensor:
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"{source}: images must have one size, got {sorted(shapes)[:4]}; "
-            "pass size= to resize and centre-crop them"
+def _read(
+    where: str, sources: Iterable[tuple[Path | bytes, str]], size: int | None, skip: bool
+) -> tuple[Tensor, Tensor]:
+    """The images, [k, H, W, 3] uint8, and bool [n]: which of the n sources they are."""
+    images: list[Tensor] = []
+    kept: list[bool] = []
+    first = ""
+    for source, name in sources:
+        try:
+            image = _pixels(source, name, size)
+        except ImageError as error:
+            if not skip:
+                raise ValueError(f"{where}: {error}, or pass skip_corrupt=True") from None
+            kept.append(False)
+            continue
+        first = first or name
+        if images and image.shape != images[0].shape:
+            raise ValueError(
+                f"{where}: images must have one size, got {list(images[0].shape)} in {first} and "
+                f"{list(image.shape)} in {name}; pass size= to resize and centre-crop them"
+            )
+        images.append(image)
+        kept.append(True)
+    if not images:
+        raise ValueError(f"{where}: none of the {len(kept)} images can be read")
+    if not all(kept):
+        warnings.warn(
+            f"{where}: left out {len(kept) - len(images)} of {len(kept)} images, which cannot be "
+            "read",
+            stacklevel=3,
         )
-    return torch.stack(images).contiguous()
+    return torch.stack(images).contiguous(), torch.tensor(kept)
 
 
-def folder(root: str | Path, size: int | None = None) -> ImageSet:
+def folder(root: str | Path, size: int | None = None, *, skip_corrupt: bool = False) -> ImageSet:
     """A folder with one sub-folder of images per class, as torchvision's ImageFolder reads it.
 
-    Labels are the positions of the sub-folders' names in sorted order.
+    Labels are the positions of the sub-folders' names in sorted order. Files whose suffix is not
+    .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff or .webp are passed over. What becomes of each
+    kind of image is told at :func:`fst_fast.decoding.decode`.
 
     Args:
         root: the folder.
         size: resize the shorter side to this many pixels and crop the centre square.
+        skip_corrupt: leave out images that cannot be read, with one warning that counts them.
     Raises:
-        ValueError: no images, an undecodable image, or several sizes and no ``size``.
+        ValueError: no images, an image that ``decode`` refuses, several sizes and no ``size``, or
+            a link by which a folder is reached twice.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
     try:
         classes, class_to_idx = find_classes(str(root))
+        _check_links(root)
         samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
         raise ValueError(
             f"folder: root must hold one sub-folder of images per class, got {root}: {error}"
         ) from None
-    images = []
-    for path, _ in samples:
-        try:
-            images.append(_decode(Path(path).read_bytes(), size))
-        except OSError as error:
-            raise ValueError(
-                f"folder: cannot decode {path}: {error}; remove or repair the file"
-            ) from None
+    sources = ((Path(path), path) for path, _ in samples)
+    images, kept = _read(f"folder {root}", sources, size, skip_corrupt)
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    return ImageSet(_stack(images, f"folder {root}"), labels, tuple(classes))
+    return ImageSet(images, labels[kept], tuple(classes))
 
 
-def npz(path: str | Path, size: int | None = None) -> ImageSet:
-    """An archive of encoded images: ``encoded`` (all files one after another), ``offsets``,
-    ``labels`` and ``classes``.
+def _check_links(root: str | Path) -> None:
+    """A link to a folder above would be followed for ever."""
+    reached: dict[str, str] = {}
+    for place, _, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in reached:
+            raise ValueError(
+                f"folder: {place} must be reached once, got a link to {reached[real]}, which is "
+                "read already; remove the link"
+            )
+        reached[real] = place
+
+
+def npz(path: str | Path, size: int | None = None, *, skip_corrupt: bool = False) -> ImageSet:
+    """An archive of encoded images.
+
+    It holds ``encoded`` uint8 (all files one after another), ``offsets`` [M + 1] (where each of
+    them begins, and the last one ends), ``labels`` [M] and ``classes`` (the name of each label).
 
     Args:
         path: the ``.npz`` file.
-        size: as in :func:`folder`.
+        size, skip_corrupt: as in :func:`folder`.
     Raises:
-        ValueError: an array is missing, the archive cannot be read without pickle, or an image
-            cannot be decoded.
+        ValueError: an array is missing, of another kind or does not fit the others; the archive
+            cannot be read without pickle; or an image is refused.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            encoded, offsets = archive["encoded"], archive["offsets"]
-            labels, classes = archive["labels"], archive["classes"]
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"npz: {path} must be an .npz with encoded, offsets, labels and classes: {error}"
-        ) from None
-    images = []
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        try:
-            images.append(_decode(encoded[start:end], size))
-        except OSError as error:
-            raise ValueError(f"npz: cannot decode image {len(images)} of {path}: {error}") from None
-    if len(images) != len(labels):
-        raise ValueError(f"npz: {path} has {len(images)} images but {len(labels)} labels")
-    return ImageSet(
-        _stack(images, f"npz {path}"),
-        torch.from_numpy(labels.astype(np.int64)),
-        tuple(str(name) for name in classes),
-    )
+    path = Path(path)
+    archive = read_archive(path)
+    sources = ((data, f"{i} of {path}") for i, data in enumerate(archive.files))
+    images, kept = _read(f"npz {path}", sources, size, skip_corrupt)
+    return ImageSet(images, torch.from_numpy(archive.labels)[kept], archive.classes)

@@ -7,7 +7,7 @@ import time
 from . import records
 
 # Modules of this folder, each with rows(full) -> list of records.row().
-SUITES = ("files",)
+SUITES = ("files", "images")
 
 
 def main(chosen):
