@@ -1,10 +1,6 @@
 """resume=: a run that is ended goes on from its last whole epoch, to the same bits."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -218,38 +214,3 @@ def test_a_full_disk_leaves_the_last_epoch(tmp_path, monkeypatch):
     again = quick(make_model(), make_batches(), epochs=4, resume=tmp_path)
     whole = quick(make_model(), make_batches(), epochs=4)
     assert equal_states(again.model.state_dict(), whole.model.state_dict())
-
-
-CHILD = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from purify_cases import make_batches, make_model, quick
-print("ready", flush=True)
-quick(make_model(), make_batches(), epochs=400, alpha=0.1, resume=sys.argv[1])
-print("done", flush=True)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_killed_at_random_moments(tmp_path):
-    """Whatever epoch it is killed in, the file is whole, and the end is the same."""
-    here = os.path.dirname(__file__)
-    drawn = random.Random(5)
-    for attempt in range(40):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout.readline() == "ready\n"
-        if attempt < 4:
-            time.sleep(0.1 + 0.5 * drawn.random())
-            child.send_signal(signal.SIGKILL)
-        done = child.stdout.read() == "done\n"
-        child.wait()
-        if done:
-            break
-    settings = {"epochs": 400, "alpha": 0.1}
-    result = quick(make_model(), make_batches(), resume=tmp_path, **settings)
-    whole = quick(make_model(), make_batches(), **settings)
-    assert attempt >= 1
-    assert equal_states(result.model.state_dict(), whole.model.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
