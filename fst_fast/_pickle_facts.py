@@ -53,7 +53,7 @@ def _held(content: Any) -> dict[str, Any]:
         for name, value in state.items()
         if hasattr(value, "dtype")
     ]
-    beside = {}
+    beside: dict[str, str] = {}
     for key in keys:
         beside |= {str(k): type(v).__name__ for k, v in content.items() if k != key}
         content = content[key]

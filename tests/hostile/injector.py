@@ -58,6 +58,9 @@ def _child(work, sabotage, writing):
         status = 0
     except KeyboardInterrupt:
         status = 3
+    except SystemExit as left:
+        # How purify ends a process on SIGTERM, once the state is on the disk.
+        status = int(left.code or 0)
     except OSError:
         status = 2
     except BaseException as error:
