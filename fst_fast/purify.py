@@ -166,6 +166,7 @@ def purify(
         if tuner.stopped is not None:
             report.note(f"purify: {tuner.stopped}")
         cosine, norm = tuner.head.shift().tolist()
+        rows = (tuple(values) for values in tuner.head.shift_by_class().tolist())
     return PurifyResult(
         model=model if inplace else tuned,
         history=tuple(tuner.history),
@@ -179,7 +180,7 @@ def purify(
             "seed": seed,
             "validation": validation is not None,
         },
-        head_shift=HeadShift(cosine, norm, tuner.head.norm0.item()),
+        head_shift=HeadShift(cosine, norm, tuner.head.norm0.item(), *rows),
         stopped=tuner.stopped,
     )
 

@@ -21,11 +21,17 @@ class HeadShift:
         cosine: between the final and the original weight; 1 is unmoved, -1 is opposite.
         norm: Frobenius norm of the final weight.
         original_norm: Frobenius norm of the original weight.
+        class_cosines: the cosine of each class's row alone; 0 for a row of zeros.
+        class_norms: Euclidean norm of each class's row.
+        class_original_norms: the same of the original weight.
     """
 
     cosine: float
     norm: float
     original_norm: float
+    class_cosines: tuple[float, ...] = ()
+    class_norms: tuple[float, ...] = ()
+    class_original_norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ def test_result_describes_the_run():
     json.dumps(dict(result.settings))
 
 
+def test_head_shift_by_class():
+    model = make_model()
+    result = quick(model, make_batches(), alpha=0.3)
+    shift = result.head_shift
+    for k, (row, row0) in enumerate(zip(result.model[-1].weight, model[-1].weight, strict=True)):
+        cosine = (row @ row0 / (row.norm() * row0.norm())).item()
+        assert shift.class_cosines[k] == pytest.approx(cosine, abs=1e-5)
+        assert shift.class_norms[k] == pytest.approx(row.norm().item(), rel=1e-5)
+        assert shift.class_original_norms[k] == pytest.approx(row0.norm().item(), rel=1e-5)
+    assert len(shift.class_cosines) == 4
+
+
 def test_default_call_needs_no_argument(capsys):
     result = fst_fast.purify(make_model(), make_batches(2))
     assert len(result.history) == 40

@@ -120,6 +120,17 @@ class HeadState:
             cosine = (weight * weight0).sum() / (norm * weight0.norm())
             return torch.stack([cosine, norm])
 
+    def shift_by_class(self) -> Tensor:
+        """[3, K]: of each class's row the cosine with its original, its norm, the original norm.
+
+        The cosine of a row of zeros is 0.
+        """
+        self.materialize()
+        with torch.no_grad():
+            weight, weight0 = self.weight.float(), self.weight0.float()
+            cosines = F.cosine_similarity(weight, weight0)
+            return torch.stack([cosines, weight.norm(dim=1), weight0.norm(dim=1)])
+
 
 @dataclass(frozen=True)
 class Course:
