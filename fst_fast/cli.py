@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | triggers | bench | inspect | info``."""
+"""The command line: ``fst-fast demo | purify | evaluate | report | bench | inspect | ...``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from . import (
     _cli_inspect,
+    _cli_report,
     _cli_triggers,
     _cli_values,
     backends,
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--resume", type=Path, help="folder of the run's state, to go on after a stop"
     )
+    tune.add_argument("--report", type=Path, metavar="FILE.html", help="write a report as well")
     tune.add_argument("--quiet", action="store_true", help="no progress")
     tune.add_argument(
         "--profile",
@@ -103,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--target", type=int, default=0, help="the attacker's class")
     measure.add_argument("--json", action="store_true")
     measure.set_defaults(run=_evaluate)
+
+    page = commands.add_parser("report", help="one HTML page about a purification")
+    _cli_report.add_arguments(page)
+    page.set_defaults(run=_cli_report.run)
 
     zoo = commands.add_parser("triggers", help="the attacks' triggers, as a table or a picture")
     _cli_triggers.add_arguments(zoo)
@@ -159,6 +165,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _purify(options: argparse.Namespace) -> int:
     checkpoint.check_writable(options.out)
     model, facts = _load_model(options)
+    suspect = _cli_report.suspect_for(options, model)
     images = _load_images(options.data, options.size)
     loader = _loader(options, images, shuffle=True)
     plain = _loader(options, images, shuffle=False)
@@ -204,6 +211,8 @@ def _purify(options: argparse.Namespace) -> int:
     )
     _print_outcome(before.clean_accuracy, after.clean_accuracy, images, validation is not None)
     print(f"wrote {options.out} (sha256 {manifest['sha256']})")
+    if options.report is not None:
+        _cli_report.write_after(options, result, suspect, validation, manifest)
     return 0 if result.stopped is None else 1
 
 

@@ -26,6 +26,9 @@ from .showing import show
 from .state import evaluating
 from .triggers import Trigger
 
+# Told the trigger's name (None: the images as they are), labels [B] and predicted classes [B].
+Watch = Callable[[str | None, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -140,8 +143,11 @@ def measure(
     triggers: Mapping[str, Trigger] | None = None,
     target: int = 0,
     normalize: Normalization | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Metrics]:
     """:func:`evaluate` on batches that are open already, with device and precision resolved.
+
+    ``watch`` is called after every classified batch, with tensors on the device.
 
     Returns:
         The metrics by the triggers' names; without any, those of the name "".
@@ -149,7 +155,7 @@ def measure(
     # Not inference_mode: what a model caches in its first forward must remain of use in training.
     with evaluating(model, device), torch.no_grad():
         named = triggers or {}
-        run = _Pass(model, device, precision, named, target, normalize)
+        run = _Pass(model, device, precision, named, target, normalize, watch)
         for images, labels, triggered in show(batches, list(named.values()), normalize, device):
             run.add(images, labels, triggered)
     return run.metrics()
@@ -166,7 +172,9 @@ class _Pass:
         triggers: Mapping[str, Trigger],
         target: int,
         normalize: Normalization | None,
+        watch: Watch | None,
     ) -> None:
+        self.watch = watch
         self.model, self.device, self.precision = model, device, precision
         self.triggers, self.target, self.normalize = triggers, target, normalize
         self.dtype = dtype_of(model)
@@ -185,14 +193,18 @@ class _Pass:
         if self.layout is None:
             self._start(images)
         predicted = self._classify(images)
+        if self.watch is not None:
+            self.watch(None, labels, predicted)
         others = labels != self.target
         self.counts[0] += (predicted == labels).sum()
         self.counts[1] += others.sum()
         low, high = labels.aminmax()
         self.labels_seen[0].clamp_(max=low)
         self.labels_seen[1].clamp_(min=high)
-        for t, counts in enumerate(self.triggered):
+        for t, (name, counts) in enumerate(zip(self.triggers, self.triggered, strict=True)):
             predicted = self._classify(triggered(t))
+            if self.watch is not None:
+                self.watch(name, labels, predicted)
             counts[0] += (others & (predicted == self.target)).sum()
             counts[1] += (others & (predicted == labels)).sum()
         self.images += len(labels)

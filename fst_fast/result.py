@@ -1,16 +1,22 @@
-"""What :func:`fst_fast.purify` returns, and how it is saved."""
+"""What :func:`fst_fast.purify` returns, and how it is saved and reported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, report
+from .examine import examine
+from .files import strict_json
 from .heads import unwrap
+from .inputs import Loader
+from .pixels import Normalization
 from .progress import EpochRecord
+from .triggers import Trigger
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,62 @@ class PurifyResult:
         Returns:
             The manifest as written.
         """
-        manifest = {
+        return checkpoint.save(path, unwrap(self.model), self._manifest(facts))
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        test: Loader | None = None,
+        suspect: nn.Module | None = None,
+        trigger: Trigger | None = None,
+        target: int = 0,
+        classes: Sequence[str] | None = None,
+        normalize: Normalization | None = None,
+        device: torch.device | str | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write one self-contained HTML page: what was done, what it shows and what it does not.
+
+        Without ``test`` the page holds what the run itself recorded, and says what was not
+        measured.
+
+        Args:
+            path: ends in ``.html``; an existing file is replaced, atomically.
+            test: clean test images, as for :func:`fst_fast.evaluate`; iterated up to three times.
+            suspect: the model before the run, for a comparison; ``inplace=True`` needs a copy.
+            trigger: measures attack success as well.
+            target: the attacker's class.
+            classes: a name for each class in order.
+            normalize, device: as for :func:`fst_fast.evaluate`.
+            facts: further entries of the manifest, such as what :meth:`save` returned.
+        Raises:
+            ValueError: an argument is not as described.
+            RuntimeError: matplotlib is not installed.
+        """
+        report.check(path)
+        if test is None and (suspect is not None or trigger is not None):
+            raise ValueError(
+                "report: test must be given with suspect or trigger, got None; pass clean test "
+                "images, or leave the others out"
+            )
+        versions = {"versions": checkpoint.versions()}
+        manifest = strict_json({**versions, **self._manifest(facts or {})}, "facts")
+        measured = None
+        if test is not None:
+            measured = examine(
+                self.model,
+                test,
+                suspect=suspect,
+                trigger=trigger,
+                target=target,
+                normalize=normalize,
+                device=device,
+            )
+        report.write(path, manifest, measured, classes)
+
+    def _manifest(self, facts: Mapping[str, object]) -> dict[str, object]:
+        return {
             "settings": dict(self.settings),
             "history": [asdict(record) for record in self.history],
             "head_shift": asdict(self.head_shift),
@@ -73,4 +134,3 @@ class PurifyResult:
             "attack_success": "not measured",
             **facts,
         }
-        return checkpoint.save(path, unwrap(self.model), manifest)

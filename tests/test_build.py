@@ -55,6 +55,7 @@ def assert_pure(wheel, reason):
         info = json.loads(archive.read("fst_fast/_build_info.json"))
     for name in ("py.typed", "kernels/head_step.py", "ops/head_step.py", "reference/head_step.py"):
         assert f"fst_fast/{name}" in names
+    assert {"fst_fast/report/page.html.jinja", "fst_fast/report/page.css"} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/"))]
     assert not info["built"]

@@ -18,6 +18,7 @@ from ..methods.fst import FST
 from ..methods.ft import FT
 from ..pixels import Normalization
 from ..purify import purify
+from ..result import PurifyResult
 from ..triggers import BadNets, Trigger
 from .datasets import ImageSet, digits
 from .models import resnet8
@@ -62,11 +63,11 @@ class Row:
 
 
 def run_demo(seed: int = 0, out: Path | str = "out", settings: DemoSettings | None = None) -> int:
-    """Train, purify with FT and FST, print the table and save the picture.
+    """Train, purify with FT and FST, print the table, save the picture and FST's report.
 
     Args:
         seed: of the split, the poisoning, the training and the tuning.
-        out: folder for ``demo-seed<seed>.png``.
+        out: folder for ``demo-seed<seed>.png`` and ``report-seed<seed>.html``.
     Returns:
         0 where FT kept the backdoor and FST removed it at a small cost, as the demo is there to
         show; 1 where it came out otherwise.
@@ -97,14 +98,23 @@ def run_demo(seed: int = 0, out: Path | str = "out", settings: DemoSettings | No
     test_loader = DeviceLoader(test.images, test.labels, 500, shuffle=False, normalize=normalize)
     rows = [Row("before", _measure(suspect, test_loader, settings), seconds)]
     for name, method in (("FT", FT()), ("FST", FST(alpha=settings.alpha))):
-        model, seconds = _tune(suspect, clean, normalize, method, settings, seed)
-        rows.append(Row(name, _measure(model, test_loader, settings), seconds))
+        result = _tune(suspect, clean, normalize, method, settings, seed)
+        rows.append(Row(name, _measure(result.model, test_loader, settings), result.seconds))
     console.print(_table(rows))
     path = Path(out) / f"demo-seed{seed}.png"
     save_picture(path, test, settings.trigger, rows)
-    console.print(
-        f"picture: {path}   whole demo: {time.perf_counter() - started:.0f} s", highlight=False
+    page = path.with_name(f"report-seed{seed}.html")
+    result.report(
+        page,
+        test=test_loader,
+        suspect=suspect,
+        trigger=settings.trigger,
+        target=settings.target,
+        classes=data.classes,
+        device="cpu",
     )
+    console.print(f"picture: {path}   report of FST: {page}", highlight=False)
+    console.print(f"whole demo: {time.perf_counter() - started:.0f} s", highlight=False)
     return _verdict(rows, console)
 
 
@@ -115,7 +125,7 @@ def _tune(
     method: Method,
     settings: DemoSettings,
     seed: int,
-) -> tuple[nn.Module, float]:
+) -> PurifyResult:
     loader = DeviceLoader(
         clean.images,
         clean.labels,
@@ -124,7 +134,7 @@ def _tune(
         augment=settings.augment,
         normalize=normalize,
     )
-    result = purify(
+    return purify(
         suspect,
         loader,
         method=method,
@@ -133,7 +143,6 @@ def _tune(
         seed=seed,
         device="cpu",
     )
-    return result.model, result.seconds
 
 
 def _measure(model: nn.Module, loader: DeviceLoader, settings: DemoSettings) -> Metrics:
