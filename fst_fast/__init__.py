@@ -5,6 +5,7 @@ from .checkpoint import LoadError, load
 from .data import Augment, DeviceLoader
 from .drop_in import HeadDeviationLoss
 from .evaluate import Metrics, evaluate
+from .many import Outcome, purify_many
 from .projection import attach
 from .purify import purify
 from .result import HeadShift, PurifyResult
@@ -18,6 +19,7 @@ __all__ = [
     "HeadShift",
     "LoadError",
     "Metrics",
+    "Outcome",
     "PurifyResult",
     "attach",
     "evaluate",
@@ -26,5 +28,6 @@ __all__ = [
     "methods",
     "ops",
     "purify",
+    "purify_many",
     "triggers",
 ]

@@ -55,7 +55,7 @@ class RunFolder:
         for left in self.folder.glob(TEMPORARIES):
             left.unlink()
         self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
-        self._generators = _generators(loader)
+        self._generators = generators_of(loader)
         # Its thread has drawn for batches that are still to come.
         self._draws_ahead = isinstance(loader, HostLoader)
         self._start: _Draws | None = None
@@ -194,7 +194,8 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _generators(loader: object) -> list[torch.Generator]:
+def generators_of(loader: object) -> list[torch.Generator]:
+    """The generators of its own that a loader draws from."""
     places = (loader, getattr(loader, "sampler", None))
     found = [getattr(place, "generator", None) for place in places]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -76,6 +76,11 @@ ALLOWED = {
         *("arrangement", "backends", "loop", "features", "heads", "methods", "data", "evaluate"),
         *("graphs", "inputs", "progress", "result", "resume", "state", "step"),
     ),
+    "many": ("architectures", "checkpoint", "inputs", "purify", "result", "resume"),
+    "sweep": (
+        *("_cli_values", "architectures", "arrangement", "checkpoint", "data", "evaluate", "files"),
+        *("inputs", "lab", "methods", "pixels", "progress", "purify", "result", "triggers"),
+    ),
     "lab": ANYTHING,
     # Results come to it as plain data.
     "report": ("files",),
@@ -83,6 +88,7 @@ ALLOWED = {
     "inspect_file": ("files", "manifest", "untrusted"),
     "_cli_inspect": ("inspect_file",),
     "_cli_report": ANYTHING,
+    "_cli_sweep": ("sweep",),
     "_cli_triggers": ANYTHING,
     "_cli_values": ("pixels",),
     "cli": ANYTHING,
