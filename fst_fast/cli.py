@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | report | bench | inspect | ...``."""
+"""The command line: ``fst-fast demo | purify | evaluate | sweep | report | bench | ...``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from . import (
     _cli_inspect,
     _cli_report,
+    _cli_sweep,
     _cli_triggers,
     _cli_values,
     backends,
@@ -113,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     zoo = commands.add_parser("triggers", help="the attacks' triggers, as a table or a picture")
     _cli_triggers.add_arguments(zoo)
     zoo.set_defaults(run=_cli_triggers.run)
+
+    _cli_sweep.add_command(commands)
 
     measured = commands.add_parser("bench", help="time the ops here, each result checked first")
     bench.add_arguments(measured)

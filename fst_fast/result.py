@@ -70,7 +70,7 @@ class PurifyResult:
         Returns:
             The manifest as written.
         """
-        return checkpoint.save(path, unwrap(self.model), self._manifest(facts))
+        return checkpoint.save(path, unwrap(self.model), self.manifest(**facts))
 
     def report(
         self,
@@ -110,7 +110,7 @@ class PurifyResult:
                 "images, or leave the others out"
             )
         versions = {"versions": checkpoint.versions()}
-        manifest = strict_json({**versions, **self._manifest(facts or {})}, "facts")
+        manifest = strict_json({**versions, **self.manifest(**(facts or {}))}, "facts")
         measured = None
         if test is not None:
             measured = examine(
@@ -124,7 +124,8 @@ class PurifyResult:
             )
         report.write(path, manifest, measured, classes)
 
-    def _manifest(self, facts: Mapping[str, object]) -> dict[str, object]:
+    def manifest(self, **facts: object) -> dict[str, object]:
+        """What :meth:`save` says of the run, beside the versions and the file's hash."""
         return {
             "settings": dict(self.settings),
             "history": [asdict(record) for record in self.history],
