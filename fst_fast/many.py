@@ -46,8 +46,9 @@ def purify_many(
     Equals ``[fst_fast.purify(model, loader, **settings) for model in models]``, but that every
     model sees the same batches, and one that fails leaves the others alone. A DeviceLoader's images
     are uploaded once, when it is made; a trial of layout, precision and threads is made once for
-    models of the same shapes. To have several small models in flight on one device, or one on each
-    of several, use ``fst-fast sweep`` in several processes.
+    models of the same shapes. One model is in flight at a time, the simple way: whether several on
+    one GPU are faster has not been measured. ``fst-fast sweep`` runs in any number of processes, on
+    one device or several.
 
     Args:
         models: modules, or paths of checkpoints, which are read when it is their turn, as

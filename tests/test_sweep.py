@@ -11,9 +11,11 @@ from sweep_cases import table, write_sweep
 import fst_fast
 from fst_fast import checkpoint
 from fst_fast.cli import main
+from fst_fast.files import TEMPORARIES
 from fst_fast.lab import datasets
 from fst_fast.lab.models import resnet8
 from fst_fast.sweep import cells, rows
+from fst_fast.sweep.folder import claimed
 
 
 def sweep(config, *more):
@@ -95,6 +97,18 @@ def test_finished_cells_are_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "evaluate", None)
     assert sweep(config) == 0
     assert (config.parent / "out" / "results.csv").read_bytes() == first
+
+
+def test_a_folder_is_claimed_by_one_alone(tmp_path):
+    with claimed(tmp_path, wait=False) as first:
+        left = tmp_path / TEMPORARIES.replace("*", "00")
+        left.write_text("half")
+        with claimed(tmp_path, wait=False) as second:
+            assert (first, second) == (True, False)
+        assert left.exists()
+    with claimed(tmp_path, wait=False) as again:
+        assert again
+        assert not left.exists()
 
 
 def test_before_is_measured_once_per_checkpoint(tmp_path, monkeypatch):

@@ -27,8 +27,6 @@ SETTINGS = (
     *("size", "normalize", "augment", "batch_size", "methods", "alphas", "seeds"),
     *("epochs", "lr", "momentum", "precision", "threads", "weights"),
 )
-
-
 # The first run's way to compute holds for all of them.
 UNCOMPARED = {"computed": None, "versions": None}
 

@@ -85,6 +85,7 @@ class Keys:
             )
 
     def error(self, key: str, expected: str, got: str, remedy: str) -> ValueError:
+        """What to raise where a key is not as expected."""
         where = f"{self._inside}.{key}" if self._inside else key
         return ValueError(f"sweep: {self._file}: {where} must {expected}, got {got}; {remedy}")
 
