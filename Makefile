@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OUT ?= out
 SEED ?= 0
 # An installation is redone when its sources or any of these change.
-VARIANT := $(shell echo "$(FST_FAST_BUILD)|$(CUDA_HOME)|$(TORCH_CUDA_ARCH_LIST)" | cksum | cut -d' ' -f1)
+VARIANT := $(shell echo "$(FST_FAST_BUILD)|$(FST_FAST_CXXFLAGS)|$(CUDA_HOME)|$(TORCH_CUDA_ARCH_LIST)" | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(VARIANT)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(NATIVE)

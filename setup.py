@@ -1,12 +1,14 @@
 """Builds the native ops where it can, and writes down what was built and why the rest was not.
 
 FST_FAST_BUILD: unset builds all that the machine has tools for; "cpu" leaves CUDA out; "0" compiles
-nothing. TORCH_CUDA_ARCH_LIST: as for PyTorch.
+nothing. TORCH_CUDA_ARCH_LIST: as for PyTorch. FST_FAST_CXXFLAGS: added to what C++ is compiled and
+linked with; tests/hostile/sanitized.py sets it.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -150,8 +152,9 @@ def plan():
     # No contraction: a * b + c must round twice, on every instruction set, as PyTorch does.
     cxx = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off", "-Wall"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    options = {"depends": HEADERS, "extra_link_args": openmp}
-    flags = {"cxx": cxx + openmp}
+    added = shlex.split(os.environ.get("FST_FAST_CXXFLAGS", ""))
+    options = {"depends": HEADERS, "extra_link_args": openmp + added}
+    flags = {"cxx": cxx + openmp + added}
     if reasons["cuda"]:
         extension = CppExtension("fst_fast._C", CPU_SOURCES, extra_compile_args=flags, **options)
         return info, [extension]
