@@ -1,5 +1,6 @@
 """untrusted: nothing in a file is run, and what is no state dict is refused in words."""
 
+import argparse
 import math
 import os
 import pickle
@@ -58,8 +59,11 @@ def test_the_canary_works(tmp_path):
 
 
 @FORMATS
-@pytest.mark.parametrize("name", list(payloads("x")))
-@pytest.mark.parametrize("place", ["bare", "in state", "beside state", "optimizer slot"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(name, "bare") for name in payloads("x")]
+    + [("os.system", place) for place in ("in state", "beside state", "optimizer slot")],
+)
 def test_hostile_pickles_run_nothing(tmp_path, canary, name, place, zipped):
     bad = payloads(canary)[name]
     good = OrderedDict(weight=torch.ones(2, 2))
@@ -209,9 +213,15 @@ def test_a_dict_that_holds_itself(tmp_path):
     refused(torch_save(tmp_path / "model.pt", content))
 
 
-@FORMATS
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net", "model_state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
+WRAPPERS = (None, "state_dict", "model", "net", "model_state_dict", "model_state", "netC")
+PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.module.")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix", "zipped"),
+    [(wrapper, "module.", True) for wrapper in WRAPPERS]
+    + [("model", prefix, False) for prefix in PREFIXES],
+)
 def test_wrappers_and_prefixes(tmp_path, wrapper, prefix, zipped):
     state = Net().state_dict()
     content = {prefix + name: value for name, value in state.items()}
@@ -241,6 +251,78 @@ def test_files_from_a_gpu_machine(tmp_path, monkeypatch, zipped):
     path = torch_save(tmp_path / "m.pt", {"w": torch.arange(3.0)}, zipped)
     assert b"cuda:1" in path.read_bytes()
     assert equal(read_state_dict(path), {"w": torch.arange(3.0)})
+
+
+# Checkpoints of others
+
+
+def test_a_checkpoint_of_timm(tmp_path):
+    """As its CheckpointSaver writes it; its own loader takes the averaged weights too."""
+    weights = {"conv.weight": torch.zeros(2), "fc.bias": torch.zeros(1)}
+    averaged = {name: value + 1 for name, value in weights.items()}
+    whole = {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": weights,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{}]},
+        "version": 2,
+        "args": argparse.Namespace(model="resnet18", lr=0.1, splits=("a", None)),
+        "metric": 0.5,
+    }
+    assert equal(read_state_dict(torch_save(tmp_path / "m.pt", whole)), weights)
+    with_ema = whole | {"state_dict_ema": averaged}
+    assert equal(read_state_dict(torch_save(tmp_path / "m.pt", with_ema)), averaged)
+
+
+def test_a_checkpoint_of_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Task(lightning.LightningModule):
+        def __init__(self, lr=0.1):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = Net()
+
+        def training_step(self, batch, index):
+            return self.model.fc(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.hparams.lr, momentum=0.9)
+
+    task = Task()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(2, 4)))
+    off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **dict.fromkeys(off, False)
+    )
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    assert equal(read_state_dict(tmp_path / "m.ckpt"), task.model.state_dict())
+
+
+def test_tensors_that_overlap_are_refused_and_tied_ones_are_not(tmp_path):
+    base = torch.arange(6.0)
+    tied = {"a": base, "b": base, "half": torch.ones(4)[2:]}
+    found = read_state_dict(torch_save(tmp_path / "m.pt", tied))
+    assert equal(found, tied)
+    assert found["a"].data_ptr() == found["b"].data_ptr()
+    apart = {"a": base[:3], "b": base[3:], "c": torch.empty(0)}
+    assert equal(read_state_dict(torch_save(tmp_path / "m.pt", apart)), apart)
+    refused(torch_save(tmp_path / "m.pt", {"a": base[:4], "b": base[3:]}), "'b' and 'a'")
+    refused(torch_save(tmp_path / "m.pt", {"a": base[:1].expand(6)}), "share memory")
+
+
+def test_layouts_come_back_in_order(tmp_path):
+    state = {
+        "z": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "a": torch.randn(3, 2).t(),
+        "neg": torch._neg_view(torch.ones(3)),
+        "bits": torch.tensor([True, False]),
+        "half": torch.randn(3).bfloat16(),
+    }
+    found = read_state_dict(torch_save(tmp_path / "m.pt", state))
+    assert list(found) == list(state)
+    assert equal(found, state)
 
 
 # BackdoorBench

@@ -59,7 +59,7 @@ def compressed(method):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as file:
         file.writestr("archive/data.pkl", whole(one(b"N")))
-        file.writestr("archive/data/0", bytes(300 * MB))
+        file.writestr("archive/data/0", bytes(60 * MB))
     return out.getvalue()
 
 
@@ -79,9 +79,9 @@ def repeated(opcodes, times):
 
 
 def doubled():
-    """A pickle whose object is 2**40 long when written out: each list holds the last one twice."""
-    ops = b"]N" + b"a" + b"".join(b"q%c" % i + b"](h%ch%ce" % (i, i) for i in range(40))
-    return archive(one(ops))
+    """A list that is 2**40 long when written out: each holds the last one twice."""
+    lists = b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(40))
+    return archive(b"]q\x00" + lists + one(b"h%c" % 40))
 
 
 def views(length, count):
@@ -94,7 +94,7 @@ def tarred():
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as file:
         record = tarfile.TarInfo("storages")
-        record.size = 300 * MB
+        record.size = 60 * MB
         file.addfile(record, io.BytesIO(bytes(record.size)))
     return out.getvalue()
 
@@ -175,7 +175,7 @@ def kinds():
             call("collections", "Counter", call("builtins", "bytearray", long(100 * MB)))
         ),
         "a text of 4 GB": lambda: archive(b"X\xff\xff\xff\xffshort"),
-        "deep tuples": lambda: repeated(b")\x85", 1) + whole(b")" + b"\x85" * 2 * MB),
+        "deep tuples": lambda: repeated(b")" + b"\x85" * 2 * MB, 1),
         "a deep stack": lambda: archive(MARK * 3 * MB),
         "a tall stack": lambda: archive(b"]" * 3 * MB),
         "a tall memo": lambda: archive(
