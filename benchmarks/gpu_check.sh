@@ -2,7 +2,8 @@
 # Everything that only a GPU can show, results in one folder, within 25 minutes; needs no network.
 # Usage: benchmarks/gpu_check.sh [OUT]
 #   PYTHON  an interpreter that has torch, triton, pytest and setuptools
-#   DATA    a folder with CIFAR-10 as train.npz and test.npz: adds the efficacy of the methods
+#   DATA    a folder with CIFAR-10 as train.npz and test.npz: adds the efficacy of the methods, and
+#           end2end is of a ResNet-18 on it
 #   BUDGET  seconds for everything; what does not fit is left for the next call
 # A part that has succeeded in OUT is not run again; REDO=1 runs all. Exit status: 0 where every part
 # has succeeded or cannot be run here, else 1. OUT/summary.txt says which.
@@ -15,6 +16,8 @@ budget=${BUDGET:-1440}
 mkdir -p "$out/parts" || exit 1
 names=()
 failed=0
+# What the rung "purify (deterministic)" needs; as large as PyTorch's own workspace.
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 status before=$SECONDS
@@ -46,16 +49,6 @@ left_out() { # left_out NAME REASON
 part build 300 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 part info 60 "$python" -m fst_fast info --json
 part tests 480 "$python" -m pytest -q
-for suite in head inject loop evaluate end2end; do
-  if [ $suite = end2end ] && ! "$python" -c "import sklearn" 2>/dev/null; then
-    left_out bench-end2end "needs scikit-learn"
-    continue
-  fi
-  limit=240
-  # It compiles its rivals.
-  [ $suite = head ] && limit=420
-  part "bench-$suite" $limit "$python" -m fst_fast.bench "$suite" --device cuda --record "$out"
-done
 for tool in memcheck racecheck synccheck initcheck; do
   if ! command -v compute-sanitizer >/dev/null; then
     left_out "sanitizer-$tool" "compute-sanitizer is not installed"
@@ -67,6 +60,19 @@ for tool in memcheck racecheck synccheck initcheck; do
     -k "cuda-cuda and (test_found_inf or test_ten_steps or test_parts or (one_setting and plain))"
   part "sanitizer-$tool-inject" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" -m pytest -q tests/test_inject.py -k "cuda and (odd or grey or four-channels)"
+done
+for suite in head inject loop evaluate end2end; do
+  arguments=("$suite" --device cuda --record "$out")
+  limit=240
+  # It compiles its rivals.
+  [ $suite = head ] && limit=420
+  if [ $suite = end2end ] && [ -n "${DATA:-}" ]; then
+    arguments+=(--checkpoint cifar10-resnet18 --data "$DATA" --checkpoints "$out/checkpoints")
+  elif [ $suite = end2end ] && ! "$python" -c "import sklearn" 2>/dev/null; then
+    left_out bench-end2end "needs scikit-learn, or DATA"
+    continue
+  fi
+  part "bench-$suite" $limit "$python" -m fst_fast.bench "${arguments[@]}"
 done
 if [ -n "${DATA:-}" ]; then
   part efficacy 900 "$python" benchmarks/efficacy.py --data "$DATA" --suspects "$out/suspects" \

@@ -82,8 +82,31 @@ def test_a_failed_part_is_said_and_run_again(call):
 def test_what_a_machine_lacks_is_left_out(call):
     status, summary, called = call(FAIL="import sklearn")
     assert status == 0
-    assert "bench-end2end: left out: needs scikit-learn" in summary
+    assert "bench-end2end: left out: needs scikit-learn, or DATA" in summary
     assert not any("end2end" in line for line in called)
+
+
+def test_with_data_a_network_of_full_size_is_tuned(call):
+    status, summary, called = call(DATA="cifar", FAIL="import sklearn")
+    assert status == 0
+    assert not any("left out" in line for line in summary)
+    line = next(line for line in called if "bench end2end" in line)
+    assert "--checkpoint cifar10-resnet18 --data cifar" in line
+    assert "benchmarks/efficacy.py --data cifar" in called[-1]
+
+
+def test_the_order_of_the_parts(call):
+    _, summary, _ = call()
+    names = [line.partition(":")[0] for line in summary]
+    kinds = [name.partition("-")[0] for name in names]
+    assert list(dict.fromkeys(kinds)) == [
+        "build",
+        "info",
+        "tests",
+        "sanitizer",
+        "bench",
+        "efficacy",
+    ]
 
 
 def test_the_whole_has_a_limit(call):

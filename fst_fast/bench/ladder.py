@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +117,7 @@ def loop_rungs(device: torch.device) -> list[Rung]:
     if device.type == "cpu":
         pinned["threads"] = torch.get_num_threads()
     graphs = [_rung("purify (graphs)", purified(**pinned, graphs=True), ours=True)]
+    same_bits = [_rung("purify (deterministic)", purified(deterministic=True), ours=True)]
     return [
         _rung(BASE, plainly(syncs=True)),
         _rung("without syncs", plainly()),
@@ -123,6 +125,8 @@ def loop_rungs(device: torch.device) -> list[Rung]:
         _rung(fast, plainly(device_data=True, fast=half)),
         _rung("purify", purified(**pinned, graphs=False), ours=True),
         *(graphs if device.type == "cuda" else []),
+        # Without that, cuBLAS promises nothing, and torch raises.
+        *(same_bits if device.type == "cpu" or "CUBLAS_WORKSPACE_CONFIG" in os.environ else []),
         _rung(OURS, purified(), ours=True),
     ]
 
