@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, NoReturn
 
@@ -70,15 +72,16 @@ def _read(request: dict[str, Any], source: str, out: str) -> NoReturn:
             # A file's warnings are its author's words.
             os.dup2(nowhere.fileno(), 2)
         _limit(request)
-        with open(out, "wb", buffering=0) as file:
-            status = _answer(request["verb"], source, file)
+        status = _answer(request["verb"], source, out)
     finally:
         os._exit(status)
 
 
-def _answer(verb: str, source: str, out: BinaryIO) -> int:
+def _answer(verb: str, source: str, out: str) -> int:
     try:
-        VERBS[verb](source, out)
+        # Buffered: a write to the file itself may end early and say so in its result alone.
+        with open(out, "wb") as file:
+            VERBS[verb](source, file)
         return READ
     except RefusedError as error:
         reason = error.reason
@@ -88,9 +91,8 @@ def _answer(verb: str, source: str, out: BinaryIO) -> int:
             f"{type(error).__name__} while it was read",
             "the file is damaged or hostile: get a .safetensors file instead",
         )
-    out.seek(0)
-    out.truncate()
-    out.write(json.dumps(reason).encode())
+    with open(out, "wb") as file:
+        file.write(json.dumps(reason).encode())
     return REFUSED
 
 
@@ -102,7 +104,8 @@ def _limit(request: dict[str, Any]) -> None:
 
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: request["cpu_seconds"],
+        # A process for one file has computed before: it imported torch.
+        resource.RLIMIT_CPU: request["cpu_seconds"] + math.ceil(time.process_time()),
         resource.RLIMIT_FSIZE: request["output_bytes"],
     }
     if sys.platform == "linux":
