@@ -205,3 +205,29 @@ def test_the_readmes_example_is_a_configuration(tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(example)
     assert len(cells_of(read_config(path))) == 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 20_000,
+        "out: !!bool maybe",
+        "out: !!int ''",
+        "out: 2001-99-99",
+        "\n".join(
+            [
+                "a: &a [x]",
+                *(
+                    f"{c}: &{c} [*{p}, *{p}]"
+                    for p, c in zip("abcdefghijkl" * 3, "bcdefghijklm" * 3, strict=True)
+                ),
+            ]
+        ),
+    ],
+    ids=["deep", "bool", "int", "date", "aliases of aliases"],
+)
+def test_hostile_yaml_is_one_error(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^sweep: "):
+        read_config(path)

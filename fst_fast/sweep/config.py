@@ -84,7 +84,8 @@ def read_config(path: str | Path) -> Config:
             f"sweep: the configuration must be a readable file, got {path}: {error.strerror}; "
             "check the path"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # On malformed tags and endless nesting, PyYAML lets through what Python raises.
+    except Exception as error:
         raise ValueError(f"sweep: {path} must be YAML, got: {error}; correct that line") from None
     if doubled is not None:
         raise ValueError(
@@ -97,18 +98,24 @@ def read_config(path: str | Path) -> Config:
     return config
 
 
-def _doubled(node: yaml.Node | None) -> Iterator[str]:
+def _doubled(root: yaml.Node | None) -> Iterator[str]:
     """Keys that stand twice in one mapping, with their line."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield f"{key.value} (line {key.start_mark.line + 1})"
-            seen.add(str(key.value))
-            yield from _doubled(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _doubled(item)
+    left, known = [root], set()
+    while left:
+        node = left.pop()
+        # Aliases of aliases name a few nodes very often.
+        if id(node) in known:
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if str(key.value) in seen:
+                    yield f"{key.value} (line {key.start_mark.line + 1})"
+                seen.add(str(key.value))
+                left.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            left.extend(node.value)
 
 
 def _config(keys: Keys, path: Path) -> Config:

@@ -14,11 +14,32 @@ from torch import nn
 
 from fst_fast import _cli_values, _pickles, _state_dicts, manifest, resume
 from fst_fast.checkpoint import LoadError, read_state_dict, save
+from fst_fast.sweep.config import read_config
 
 from .fuzz import Target
 
+
+def sweep_config(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sweep.yaml"
+        path.write_text(text, errors="surrogateescape")
+        read_config(path)
+
+
+SWEEP = """
+out: sweep
+checkpoints: [a.pt, {path: b.pt, trigger: badnets, trigger_options: {size: 3}, target: 0}]
+arch: resnet18
+num_classes: 10
+data: clean/
+normalize: [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]
+methods: [ft, fst]
+alphas: [auto, 0.1]
+seeds: [0, 1]
+"""
 # Parsers of text that users write: (name, parse, seeds). They raise ValueError and no other.
 CONFIGS = [
+    ("sweep configurations", sweep_config, [SWEEP]),
     ("option values", lambda text: _cli_values.options([text]), ["a=[1, 2.5]", 'b={"c": null}']),
     ("--normalize", _cli_values.normalization, ["cifar10", "0.5,0.5,0.5/0.2,0.2,0.2"]),
     ("--alpha", _cli_values.alpha, ["auto", "0.25", "1e-3"]),
