@@ -60,7 +60,7 @@ def test_memory_is_seen(tmp_path, monkeypatch):
 
 def test_a_reader_s_memory_is_seen(tmp_path):
     base = files.reader_peak(tmp_path)
-    (tmp_path / "m.pt").write_bytes(pickles.archive(pickles.MARK * 500_000))
+    (tmp_path / "m.pt").write_bytes(pickles.archive(pickles.MARK * 2_000_000))
     assert files.verdict(tmp_path / "m.pt") == "refused"
     assert 20e6 < files.sandbox.peak_bytes() - base < 256e6
 

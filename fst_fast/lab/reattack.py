@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..data import DeviceLoader
 from ..heads import logits_of
-from ..inputs import autocast, resolve_device, resolve_precision
+from ..inputs import autocast, resolve_device, resolve_precision, safe_layout
 from ..pixels import Normalization, normalize_affine, normalize_bytes
 from ..state import evaluating, seeded
 from ..triggers import Trigger
@@ -85,6 +85,7 @@ def retune(
         trigger=trigger,
         poisoned=mask,
         target=target,
+        channels_last=safe_layout(tuned, place) == torch.channels_last,
     )
     optimizer = torch.optim.SGD(tuned.parameters(), lr=lr, momentum=momentum)
     with seeded(seed, place):
