@@ -63,7 +63,7 @@ class Tuner:
         self.at_start: Callable[[], None] = _nothing
         self.where_left_off: Callable[[], None] = _nothing
         self._capture, self._must_capture = capture, must_capture
-        # [epoch, steps in it], of this call of run().
+        # [epoch, steps in it, steps before those], of this call of run().
         self._steps: list[list[int]] = []
 
     def run(
@@ -92,7 +92,7 @@ class Tuner:
                 images = self._epoch(feed, replays, epoch, interrupts)
                 if images is None or ((last or looks) and self._has_failed()):
                     self._take(ledger.ready(wait=True), report)
-                    if keep is not None and interrupts.requested and self.stopped is not None:
+                    if keep is not None and self.within != (0, 0):
                         keep(self)
                     return
                 self.within = (0, 0)
@@ -100,7 +100,7 @@ class Tuner:
                 accuracy = None if validate is None else validate(self.model)
                 values = torch.cat([self.step.totals, self.head.shift().double()])
                 values = torch.cat([values, self.guard.good_steps.double()[None]])
-                steps = sum(count for _, count in self._steps)
+                steps = sum(count for _, count, _ in self._steps)
                 ledger.put(epoch, lr, images, steps, values, accuracy)
                 records = ledger.ready(wait=last or looks)
                 self._take(records, report)
@@ -177,7 +177,7 @@ class Tuner:
         failed = False
         before, count = self.within
         steps = 0
-        self._steps.append([epoch, 0])
+        self._steps.append([epoch, 0, before])
         self.at_start()
         try:
             for kind, size in feed.epoch(epoch):
@@ -253,12 +253,14 @@ class Tuner:
         fault = self.guard.finish()
         if fault is None:
             return False
+        # What is kept is an epoch's end.
+        self.within = (0, 0)
         left = fault.good_steps
-        for epoch, steps in self._steps:  # noqa: B007
+        for epoch, steps, before in self._steps:  # noqa: B007
             if left < steps:
                 break
             left -= steps
-        where = f"epoch {epoch + 1}, step {left + 1}"
+        where = f"epoch {epoch + 1}, step {before + left + 1}"
         if fault.bad_images or fault.bad_labels:
             self._blame_batch(fault.bad_labels, where)
         self.stopped = (

@@ -136,3 +136,25 @@ def test_a_handler_of_the_program_s_own_is_left_alone(tmp_path):
         signal.signal(signal.SIGTERM, before)
     assert seen == [1]
     assert result.stopped is None
+
+
+def test_a_fault_behind_an_interruption_is_told_and_not_kept(tmp_path):
+    def spoiled(at, value):
+        """Finite, and too much for the first convolution; the batch is counted over all epochs."""
+        count = [0]
+
+        def loader():
+            for images, labels in make_batches():
+                count[0] += 1
+                yield (images * value if count[0] == at else images), labels
+
+        return loader
+
+    settings = {"alpha": 0.1, "epochs": 3, "resume": tmp_path}
+    # One more is drawn up front.
+    quick(Interrupting(4), spoiled(99, 1.0), **settings)
+    assert where(tmp_path) == (1, (1, 8))
+    before = (tmp_path / NAME).read_bytes()
+    ended = quick(Interrupting(2), spoiled(1 + 3, 3e37), **settings)
+    assert "not finite at epoch 2, step 3" in ended.stopped
+    assert (tmp_path / NAME).read_bytes() == before
