@@ -16,6 +16,9 @@ from ..triggers import Trigger
 from . import values
 from .values import Keys
 
+# Trigger options, the deepest thing there is, need a handful.
+MOST_NESTED = 30
+
 
 @dataclass(frozen=True)
 class Suspect:
@@ -77,6 +80,7 @@ def read_config(path: str | Path) -> Config:
     path = Path(path)
     try:
         source = path.read_text(encoding="utf-8")
+        _check_depth(source)
         content = yaml.safe_load(source)
         doubled = next(_doubled(yaml.compose(source, Loader=yaml.SafeLoader)), None)
     except OSError as error:
@@ -96,6 +100,15 @@ def read_config(path: str | Path) -> Config:
     config = _config(keys, path)
     keys.finish()
     return config
+
+
+def _check_depth(source: str) -> None:
+    """Brackets within brackets take PyYAML a time that grows with the square of their depth."""
+    depth = 0
+    for mark in re.findall(r"[\[{}\]]", source):
+        depth = depth + 1 if mark in "[{" else max(0, depth - 1)
+        if depth > MOST_NESTED:
+            raise ValueError(f"brackets nested more than {MOST_NESTED} deep")
 
 
 def _doubled(root: yaml.Node | None) -> Iterator[str]:
