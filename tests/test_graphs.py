@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fst_fast
-from fst_fast import graphs, step
+from fst_fast import backends, graphs, step
 
 
 @pytest.fixture
@@ -78,6 +78,10 @@ def test_replayed_steps_end_in_the_same_bits(loader, method, recorder):
     replayed = quick(make_model(), LOADERS[loader](), epochs=4, **settings)
     plain = quick(make_model(), LOADERS[loader](), epochs=4, graphs=False, **settings)
     assert_same_run(replayed, plain)
+    if "poisoned" in loader and not backends.report()["cpu"]["available"]:
+        # The reference of inject reads which rows carry a trigger.
+        assert recorder.replays == 0
+        return
     assert recorder.records == kinds
     assert recorder.warm_ups == kinds * graphs.WARM_UPS
     assert recorder.replays == 3 * len(plain.history)
