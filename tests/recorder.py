@@ -9,7 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"}
+_READS = {
+    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"),
+    # Their results' sizes are read.
+    *("aten::nonzero", "aten::masked_select"),
+}
+_INDEXING = {"aten::index", "aten::index_put_", "aten::index_put"}
 
 
 class Recorder:
@@ -46,7 +51,8 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
-        if name in _READS:
+        masks = [t for t in _tensors(args[1]) if t.dtype == torch.bool] if name in _INDEXING else []
+        if name in _READS or masks:
             raise RuntimeError(f"{name} waits for the device, which is not allowed while recording")
         out = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, out))
