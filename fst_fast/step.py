@@ -82,10 +82,9 @@ class Step:
         if self.tap is not None and method.project and self.head.weight.numel() >= DEFERRED_FROM:
             self.head.defer_scale()
         self._run_model: Callable[[Tensor], object] = model
-        self._run_tap: Callable[[Tensor], Tensor | None] | None = self.tap
         if settings.compile:
             # One graph of the whole model: the head's product is inductor's, not the fused op's.
-            self.tap = self._run_tap = None
+            self.tap = None
             self._run_model = torch.compile(model, dynamic=False)
 
     def _make_optimizer(self) -> torch.optim.SGD:
@@ -118,10 +117,10 @@ class Step:
 
     def features(self, images: Tensor) -> Tensor | None:
         """The head's input for placed images, or None where the model does more than its head."""
-        if self._run_tap is None:
+        if self.tap is None:
             return None
         with autocast(self.settings.device, self.settings.precision):
-            return self._run_tap(images)
+            return self.tap(images)
 
     def __call__(self, feed: Feed, kind: Hashable) -> None:
         """Take the staged batch and step; adds to ``totals``."""
@@ -163,12 +162,12 @@ class Step:
         head = self.head
         if are_features:
             return self._fused_loss(inputs, labels)
-        if self._run_tap is not None:
+        if self.tap is not None:
             features = self.features(inputs)
             if features is not None:
                 return self._fused_loss(features, labels)
             # In train mode the model does more than its head, after all.
-            self.tap = self._run_tap = None
+            self.tap = None
             head.materialize()
             head.weight_scale = None
             self.guard.undo_forward()

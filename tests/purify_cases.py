@@ -51,3 +51,15 @@ def with_value(images, value):
     images = images.clone()
     images[1, 2, 3, 4] = value
     return images
+
+
+def assert_same_run(one, other):
+    """The same bits, but for the clock."""
+    assert equal_states(one.model.state_dict(), other.model.state_dict())
+    mine, theirs = (
+        [(r.epoch, r.loss, r.clean_accuracy, r.cosine, r.norm) for r in run.history]
+        for run in (one, other)
+    )
+    assert mine == theirs
+    assert one.head_shift == other.head_shift
+    assert one.stopped == other.stopped

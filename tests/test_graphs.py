@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from purify_cases import CLASSES, equal_states, make_batches, make_model, quick
+from purify_cases import CLASSES, assert_same_run, make_batches, make_model, quick
 from recorder import Recorder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -58,17 +58,6 @@ METHODS = {
     "fe": ({"method": "fe"}, 2),
     "lp": ({"method": "lp"}, 2),
 }
-
-
-def assert_same_run(one, other):
-    assert equal_states(one.model.state_dict(), other.model.state_dict())
-    mine, theirs = (
-        [(r.epoch, r.loss, r.clean_accuracy, r.cosine, r.norm) for r in run.history]
-        for run in (one, other)
-    )
-    assert mine == theirs
-    assert one.head_shift == other.head_shift
-    assert one.stopped == other.stopped
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import safetensors
-from purify_cases import equal_states, make_batches, make_model, quick
+from purify_cases import assert_same_run, make_batches, make_model, quick
 from test_resume import LOADERS, METHODS
 from torch import nn
 
@@ -37,15 +37,6 @@ def where(folder):
     with safetensors.safe_open(folder / NAME, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
     return len(facts["history"]), tuple(facts["within"])
-
-
-def assert_same_run(one, other):
-    assert equal_states(one.model.state_dict(), other.model.state_dict())
-    mine, theirs = (
-        [(r.epoch, r.loss, r.clean_accuracy, r.cosine, r.norm) for r in run.history]
-        for run in (one, other)
-    )
-    assert mine == theirs
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lp"])
@@ -104,6 +95,7 @@ quick(
     make_batches(),
     alpha=0.1,
     epochs=3,
+    threads=1,
     resume=sys.argv[1] if sys.argv[3] == "kept" else None,
 )
 print("went on")
@@ -122,8 +114,12 @@ def test_sigterm_ends_the_process_with_the_state_on_the_disk(tmp_path, kept):
         return
     assert child.returncode == 128 + signal.SIGTERM
     assert where(tmp_path) == (1, (2, 16))
-    again = quick(Interrupting(), make_batches(), alpha=0.1, epochs=3, resume=tmp_path)
-    assert_same_run(again, quick(Interrupting(), make_batches(), alpha=0.1, epochs=3))
+    # As many threads as the child had: they are part of the bits.
+    again, whole = (
+        quick(Interrupting(), make_batches(), alpha=0.1, epochs=3, threads=1, resume=folder)
+        for folder in (tmp_path, None)
+    )
+    assert_same_run(again, whole)
 
 
 def test_a_handler_of_the_program_s_own_is_left_alone(tmp_path):
