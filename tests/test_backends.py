@@ -173,11 +173,20 @@ def test_report_of_a_pure_python_installation(build_info):
     assert report["cuda"]["reason"] == f"not built: {reason}"
 
 
-@pytest.mark.parametrize("module", ["fst_fast", "fst_fast.ops"])
-def test_importing_loads_nothing_native_and_no_triton(module):
+SLOW = {"torchvision", "torch._dynamo", "torch._inductor.compile_fx", "matplotlib", "sklearn"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("fst_fast", {"triton", "fst_fast._C", "fst_fast.kernels", *SLOW}),
+        ("fst_fast.ops", {"triton", "fst_fast._C", "fst_fast.kernels"}),
+        # Each takes seconds, and every command would.
+        ("fst_fast.cli", {"fst_fast._C", "fst_fast.kernels", *SLOW}),
+    ],
+)
+def test_importing_loads_nothing_native_and_nothing_slow(module, unwanted):
     code = (
-        f"import sys, {module}\n"
-        "loaded = {'triton', 'fst_fast._C', 'fst_fast.kernels'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
+        f"import sys, {module}\nloaded = {unwanted} & set(sys.modules)\nassert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -205,7 +205,7 @@ def _batch(
     return out.to(dtype).permute(0, 3, 1, 2), labels
 
 
-_compiled_batch = torch.compile(_batch, dynamic=False)
+_compiled_batch = peers.compiled(_batch)
 
 
 def _constants(inputs: InjectInputs, *shape: int) -> tuple[Tensor, Tensor]:

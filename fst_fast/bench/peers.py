@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
@@ -187,7 +188,17 @@ _PACKAGES = {
 }
 
 
-@torch.compile(dynamic=False)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(dynamic=False)`` at the first call: its import takes seconds."""
+
+    @functools.cache
+    def made() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False)
+
+    return lambda *arguments: made()(*arguments)
+
+
+@compiled
 def _compiled_loss(*tensors: Tensor) -> Tensor:
     return _fst_loss(_eager, *tensors)
 
@@ -195,7 +206,7 @@ def _compiled_loss(*tensors: Tensor) -> Tensor:
 def _compiled(inputs: LossInputs) -> Call:
     def call() -> Tensor:
         inputs.clear()
-        loss = _compiled_loss(*vars(inputs).values())
+        loss: Tensor = _compiled_loss(*vars(inputs).values())
         loss.backward()
         return loss
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import center_crop, resize
 
 from ..decoding import ImageError, decode
 from ..pixels import Normalization
@@ -94,6 +93,9 @@ def _pixels(source: Path | bytes, where: str, size: int | None) -> Tensor:
     """One image as [H, W, 3] uint8."""
     image = decode(source, where)
     if size is not None and image.size != (size, size):
+        # The import takes seconds.
+        from torchvision.transforms.functional import center_crop, resize
+
         image = center_crop(resize(image, [size]), [size, size])
     return torch.from_numpy(np.array(image))
 

@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from purify_cases import make_batches, make_model, quick
 
 from fst_fast import resume
 
-from . import injector
+from . import alone, injector
 from .pairs import writes_of_a_model
 from .records import row
 
@@ -238,16 +237,7 @@ def counted(root, full):
 
 def rows(full):
     """Lines for the table of docs/reliability.md, from a process that may fork: see injector."""
-    here = Path(__file__).parents[1]
-    path = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
-    result = subprocess.run(
-        [sys.executable, "-m", "hostile.crashes", *(["full"] if full else [])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout)
+    return json.loads(alone.printed("crashes", *(["full"] if full else [])))
 
 
 def main():
