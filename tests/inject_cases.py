@@ -1,5 +1,8 @@
 """Random inputs of inject: every stage of a trigger alone and together, in one batch."""
 
+import importlib.util
+import os
+
 import torch
 
 from fst_fast.ops import TriggerTables
@@ -33,6 +36,12 @@ SHAPES = {
     "empty-batch": (4, 8, 8, 3, 0, 8, 8),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def large_blocks(monkeypatch, size):
+    """A block of Triton's interpreter costs the same whatever its size."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        monkeypatch.setattr(importlib.import_module("fst_fast.kernels.inject"), "BLOCK", size)
 
 
 def normalization(channels):

@@ -5,6 +5,9 @@ import torch
 from check import assert_close_to_rounding, assert_no_worse_than_torch, assert_same_bits
 from head_deviation_cases import (
     ALPHA,
+    DTYPES,
+    INTERPRETED,
+    REDUCTIONS,
     Batch,
     each_dtype,
     each_place,
@@ -35,6 +38,8 @@ def assert_right(batch, place, alpha=ALPHA, upstream=None):
 @each_dtype
 @each_shape
 def test_loss_and_gradients(place, dtype, shape):
+    if place in INTERPRETED and shape[0] >= 128 and dtype not in ("float32", "float16-mixed"):
+        pytest.skip("many rows, each a program of its own, and types that fewer rows have shown")
     assert_right(Batch(shape, dtype, place[1]), place)
 
 
@@ -43,6 +48,9 @@ def test_loss_and_gradients(place, dtype, shape):
 @each_reduction
 @pytest.mark.parametrize("shape", [(12, 40, 5), (21, 40, 150)], ids=["small", "large"])
 def test_every_setting_at_once(place, dtype, reduction, shape):
+    turn = list(DTYPES).index(dtype) + REDUCTIONS.index(reduction) + shape[0]
+    if place in INTERPRETED and turn % 3 != 0:
+        pytest.skip("each type with one reduction, and each reduction with two types")
     compute = torch.float64 if dtype == "float64" else torch.float32
     batch = Batch(
         shape,
@@ -291,6 +299,8 @@ def test_every_output_is_written_and_no_input_changed(place, reduction, shape):
 @each_place
 @pytest.mark.parametrize("shape", [(128, 96, 10), (130, 65, 150)], ids=["small", "large"])
 def test_the_same_bits_every_time(place, shape):
+    if place in INTERPRETED:
+        pytest.skip("the interpreter runs one program after the other")
     batch = Batch(shape, device=place[1])
     first = batch.ours(place[0])
     gradients = batch.grads(first.loss)

@@ -1,11 +1,9 @@
 """inject: every backend gives the reference's bits, for every stage of a trigger."""
 
-import importlib
-
 import pytest
 import torch
 from check import assert_same_bits
-from inject_cases import DTYPES, SHAPES, STAGES, case, plain
+from inject_cases import DTYPES, SHAPES, STAGES, case, large_blocks, plain
 
 from fst_fast import backends
 from fst_fast.ops import inject
@@ -22,9 +20,7 @@ def to(device, arguments):
 
 @pytest.fixture(autouse=True)
 def _large_blocks(monkeypatch):
-    """A block of the interpreter costs the same whatever its size."""
-    if "triton" in BACKENDS and DEVICE.type == "cpu":
-        monkeypatch.setattr(importlib.import_module("fst_fast.kernels.inject"), "BLOCK", 4096)
+    large_blocks(monkeypatch, 4096)
 
 
 def agree(arguments, backend, name, **options):
@@ -38,7 +34,9 @@ def agree(arguments, backend, name, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_as_the_reference(backend, shape, dtype, poison):
+def test_same_bits_as_the_reference(backend, shape, dtype, poison, monkeypatch):
+    if shape == "imagenet":
+        large_blocks(monkeypatch, 2**15)
     arguments, size = case(shape, dtype=dtype)
     for channels_last in (True, False):
         agree(arguments, backend, shape, size=size, channels_last=channels_last)

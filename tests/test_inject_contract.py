@@ -3,7 +3,7 @@
 import pytest
 import torch
 from check import assert_same_bits
-from inject_cases import STAGES, case, plain
+from inject_cases import STAGES, case, large_blocks, plain
 
 from fst_fast import backends
 from fst_fast.ops import inject
@@ -12,6 +12,11 @@ from fst_fast.ops.inject import no_triggers
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = backends.available("inject", DEVICE)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def _large_blocks(monkeypatch):
+    large_blocks(monkeypatch, 4096)
 
 
 def moved(arguments):
