@@ -1,5 +1,7 @@
 """What the benchmark suite writes down, measures of memory, and says of wrong arguments."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -27,16 +29,11 @@ def recorded(tmp_path_factory):
     """One real run, small: its record's path, and what went to the standard output."""
     folder = tmp_path_factory.mktemp("results")
     chosen = ["--variants", "reference,cpu", "--threads", "1", "--device", "cpu"]
-    result = subprocess.run(
-        [sys.executable, "-m", "fst_fast.bench", "head", *SHAPE, *chosen, "--record", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert bench.main(["head", *SHAPE, *chosen, "--record", str(folder)]) == 0
     (path,) = folder.rglob("*.json")
-    return path, result.stdout
+    return path, text.getvalue()
 
 
 def test_record_has_all_that_a_number_needs(recorded):

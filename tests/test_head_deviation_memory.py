@@ -7,7 +7,7 @@ from head_step_cases import CUDA
 from fst_fast import backends
 from fst_fast.bench import cases, memory, peers
 
-CASE = cases.LossCase(4096, 32, 40000, "fp32")  # 655 MB of logits, 5 MB of weight
+CASE = cases.LossCase(4096, 32, 26000, "fp32")  # 426 MB of logits, 3 MB of weight
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 AVAILABLE = backends.available("head_deviation_loss", DEVICE)
 # The interpreter would take minutes.

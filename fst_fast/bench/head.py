@@ -131,7 +131,7 @@ def checked(
 
     Others' variants are timed even where they are worse than eager allows; ``reason`` then says so.
     """
-    torch._dynamo.reset()
+    peers.forget_compiled()
     inputs: Any = case.make_inputs(0, device)
     truth = case.truth(inputs)
     right: Checked = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fst_fast.ops import inject
 
-from . import cases, inject_peers, machine, suite, timing
+from . import cases, inject_peers, machine, peers, suite, timing
 from .inject_cases import SETS, STD, InjectCase, InjectInputs
 from .suite import Settings
 
@@ -95,7 +95,7 @@ def checked(
     case: InjectCase, found: list[inject_peers.InjectVariant], device: torch.device
 ) -> tuple[Checked, Checked]:
     """Run each variant once: those that are right, and those refused."""
-    torch._dynamo.reset()
+    peers.forget_compiled()
     inputs = case.make_inputs(0, device)
     right: Checked = {}
     refused: Checked = {}

@@ -114,7 +114,7 @@ def serve() -> None:
             answer: dict[str, Any] = {"peak": peak, "kept": kept}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        torch._dynamo.reset()
+        peers.forget_compiled()
         print(json.dumps(answer), flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False)
 
     return lambda *arguments: made()(*arguments)
+
+
+def forget_compiled() -> None:
+    """Have torch.compile start over, if anything was compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @compiled

@@ -7,7 +7,7 @@ import time
 from . import records
 
 # Modules of this folder, each with rows(full) -> list of records.row().
-SUITES = ("files", "images", "crashes", "soak", "sanitized")
+SUITES = ("files", "images", "crashes", "soak", "guards", "sanitized")
 
 
 def main(chosen):
