@@ -159,6 +159,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help=f"as in training: {known}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
     )
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -169,12 +172,12 @@ def _purify(options: argparse.Namespace) -> int:
     checkpoint.check_writable(options.out)
     model, facts = _load_model(options)
     suspect = _cli_report.suspect_for(options, model)
-    images = _load_images(options.data, options.size)
+    images = _load_images(options, options.data)
     loader = _loader(options, images, shuffle=True)
     plain = _loader(options, images, shuffle=False)
     validation = None
     if options.validation is not None:
-        validation = _loader(options, _load_images(options.validation, options.size), shuffle=False)
+        validation = _loader(options, _load_images(options, options.validation), shuffle=False)
     judged = plain if validation is None else validation
     before = evaluate(model, judged, device=options.device, precision=options.precision)
     method, profile = _method(options), None
@@ -238,7 +241,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.battery and options.trigger is not None:
         raise ValueError("--battery and --trigger must not be given together; leave one out")
     model, _ = _load_model(options)
-    images = _load_images(options.data, options.size)
+    images = _load_images(options, options.data)
     loader = _loader(options, images, shuffle=False)
     settings = {"device": options.device, "precision": options.precision}
     if options.battery:
@@ -300,8 +303,9 @@ def _load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, objec
     return model, facts
 
 
-def _load_images(path: Path, size: int | None) -> datasets.ImageSet:
-    return datasets.npz(path, size) if path.suffix == ".npz" else datasets.folder(path, size)
+def _load_images(options: argparse.Namespace, path: Path) -> datasets.ImageSet:
+    read = datasets.npz if path.suffix == ".npz" else datasets.folder
+    return read(path, options.size, skip_corrupt=options.skip_corrupt)
 
 
 def _loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: bool) -> DeviceLoader:

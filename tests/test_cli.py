@@ -174,3 +174,15 @@ def test_near_chance_is_said(files, capsys):
     # An untrained model: nothing on the command line can be right about it.
     assert run_purify(files, "--quiet") == 0
     assert "near chance" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_named_or_left_out(files, capsys):
+    (files / "clean" / "bee" / "3.png").write_bytes(b"no image")
+    evaluate = ["evaluate", str(files / "suspect.pt"), *data(files), "--json"]
+    assert main(evaluate) == 1
+    error = capsys.readouterr().err
+    assert "3.png" in error
+    assert "--skip-corrupt" in error
+    with pytest.warns(UserWarning, match="left out 1 of 36 images"):
+        assert main([*evaluate, "--skip-corrupt"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["clean_accuracy"] <= 1

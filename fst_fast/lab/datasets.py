@@ -112,7 +112,9 @@ def _read(
             image = _pixels(source, name, size)
         except ImageError as error:
             if not skip:
-                raise ValueError(f"{where}: {error}, or pass skip_corrupt=True") from None
+                raise ValueError(
+                    f"{where}: {error}, or pass skip_corrupt=True (--skip-corrupt)"
+                ) from None
             kept.append(False)
             continue
         first = first or name
