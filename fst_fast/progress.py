@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,20 @@ def table_console(console: Console | None = None, width: int = 180) -> Console:
     return Console(file=console.file, width=width, color_system=None)
 
 
-class ProgressReport:
-    """Shows epochs as they end; a context manager.
+class Bar:
+    """One bar on a terminal, plain lines elsewhere; a context manager.
 
     Args:
-        title: what runs, such as "fst".
-        epochs: how many will come.
+        title: of the bar.
+        total: how many steps it has.
         enabled: False shows nothing.
         console: where to write; None is the standard error stream.
     """
 
     def __init__(
-        self, title: str, epochs: int, enabled: bool, console: Console | None = None
+        self, title: str, total: int, enabled: bool, console: Console | None = None
     ) -> None:
         self._console = console or Console(stderr=True)
-        self._title = title
-        self._epochs = epochs
         self._enabled = enabled
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
@@ -64,13 +66,13 @@ class ProgressReport:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[state]}", markup=False),
+                TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._task = self._bar.add_task(title, total=epochs, state="")
+            self._task = self._bar.add_task(title, total=total, state="")
 
-    def __enter__(self) -> ProgressReport:
+    def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -84,24 +86,46 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
+    def note(self, text: str) -> None:
+        """Show one line beside the bar."""
+        if self._enabled:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _move(self, state: str | None = None, completed: int | None = None) -> None:
+        """What the bar says, and how far it is; None leaves either."""
+        if self._bar is not None:
+            said = {} if state is None else {"state": state}
+            self._bar.update(self._task, completed=completed, **said)
+
+    def _line(self, text: str) -> None:
+        """Show one line where there is no bar."""
+        if self._bar is None:
+            self.note(text)
+
+
+class ProgressReport(Bar):
+    """Shows epochs as they end.
+
+    Args:
+        title: what runs, such as "fst".
+        epochs: how many will come.
+        enabled, console: as of :class:`Bar`.
+    """
+
+    def __init__(
+        self, title: str, epochs: int, enabled: bool, console: Console | None = None
+    ) -> None:
+        super().__init__(title, epochs, enabled, console)
+        self._title, self._epochs = title, epochs
+
     def epoch(self, record: EpochRecord) -> None:
         """Show one finished epoch."""
         state = (
             f"loss {record.loss:.3f}  accuracy {100 * record.clean_accuracy:.1f} %  "
             f"cosine {record.cosine:+.2f}"
         )
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, state=state)
-        elif self._enabled:
-            self._console.print(
-                f"{self._title} epoch {record.epoch}/{self._epochs}  {state}  "
-                f"lr {record.lr:.4f}  {record.seconds:.1f} s",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-
-    def note(self, text: str) -> None:
-        """Show one line beside the progress."""
-        if self._enabled:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._move(state, record.epoch)
+        self._line(
+            f"{self._title} epoch {record.epoch}/{self._epochs}  {state}  "
+            f"lr {record.lr:.4f}  {record.seconds:.1f} s"
+        )

@@ -3,86 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..progress import EpochRecord, table_console
+from ..progress import Bar, EpochRecord, table_console
 from .plan import Cell
 from .rows import NOT_MEASURED, Row
 
 
-class SweepProgress:
-    """Shows the cells as they end; a context manager.
+class SweepProgress(Bar):
+    """Shows the cells as they end.
 
     Args:
         total: number of cells.
-        enabled: False shows nothing.
-        console: where to write; None is the standard error stream.
+        enabled, console: as of :class:`~fst_fast.progress.Bar`.
     """
 
     def __init__(self, total: int, enabled: bool, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._total, self._enabled = total, enabled
-        self._bar: Progress | None = None
+        super().__init__("sweep", total, enabled, console)
         self._title = ""
-        if enabled and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("sweep"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}", markup=False),
-                TimeElapsedColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=total, state="")
-
-    def __enter__(self) -> SweepProgress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def begin(self, cell: Cell) -> None:
         """Show what is worked on."""
         self._title = cell.name
-        self._state(cell.name)
+        self._move(cell.name)
 
     def epoch(self, record: EpochRecord) -> None:
         """Show one finished epoch of it."""
-        self._state(f"{self._title} epoch {record.epoch}  cosine {record.cosine:+.2f}")
+        self._move(f"{self._title} epoch {record.epoch}  cosine {record.cosine:+.2f}")
 
     def cell(self, row: Row) -> None:
         """Show one finished cell."""
-        if self._enabled and self._bar is None:
-            self._print(f"sweep {self._title}: {outcome(row)}")
+        self._line(f"sweep {self._title}: {outcome(row)}")
 
     def done(self, count: int) -> None:
         """Show how many cells are finished, by whomever."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=count)
-
-    def note(self, text: str) -> None:
-        """Show one line beside the progress."""
-        if self._enabled:
-            self._print(text)
-
-    def _state(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, state=text)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._move(completed=count)
 
 
 def outcome(row: Row) -> str:
