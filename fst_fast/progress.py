@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -94,7 +94,7 @@ class Bar:
     def _move(self, state: str | None = None, completed: int | None = None) -> None:
         """What the bar says, and how far it is; None leaves either."""
         if self._bar is not None:
-            said = {} if state is None else {"state": state}
+            said: dict[str, Any] = {} if state is None else {"state": state}
             self._bar.update(self._task, completed=completed, **said)
 
     def _line(self, text: str) -> None:
