@@ -71,9 +71,10 @@ class CudaGraphs:
 
     def seconds(self, replay: Function) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
+        with torch.cuda.device(self._device):
+            start.record()
+            replay()
+            end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
