@@ -24,6 +24,17 @@ def alpha(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
+def graphs(text: str) -> bool | int | str:
+    """auto, on, off, or a number."""
+    known: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+    try:
+        return known[text] if text in known else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be auto, on, off or a number, got {text!r}"
+        ) from None
+
+
 def normalization(text: str) -> Normalization | None:
     """A name in NORMALIZATIONS, or means/standard deviations by comma."""
     if text in NORMALIZATIONS:

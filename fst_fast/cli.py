@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--head", help="qualified name of the classification layer")
     tune.add_argument("--backend", choices=backends.NAMES)
     tune.add_argument("--threads", type=int, help="of PyTorch, on a CPU; default: by a trial")
+    tune.add_argument(
+        "--graphs",
+        type=_cli_values.graphs,
+        default="auto",
+        help="on a GPU: auto (default), on, off, or most steps in a CUDA graph, 1 to 16",
+    )
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
         "--resume", type=Path, help="folder of the run's state, to go on after a stop"
@@ -195,6 +201,7 @@ def _purify(options: argparse.Namespace) -> int:
         device=options.device,
         precision=options.precision,
         threads=options.threads,
+        graphs=options.graphs,
         backend=options.backend,
         seed=options.seed,
         resume=options.resume,

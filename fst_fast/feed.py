@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
@@ -24,10 +25,11 @@ class Feed(Protocol):
 
     gives_features: bool
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int]]:
-        """Stage the batches of an epoch, each as it is asked for.
+    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int, int]]:
+        """Stage the batches of an epoch, as they are asked for.
 
-        Yields its kind, which says all that the device's half depends on, and its size.
+        Yields their kind, which says all that the device's half depends on, the size of each, and
+        how many of them now follow one another without the host.
         """
 
     def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ class LoaderFeed:
         self._classes, self._keeps = classes, keeps
         self._held: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int, int]]:
         for batch in self._batches.epoch(epoch):
             images, labels = check_batch(
                 batch, self._batches.where, self._device, self._classes, values=epoch == 0
@@ -74,7 +76,7 @@ class LoaderFeed:
             else:
                 held[0].copy_(images, non_blocking=True)
                 held[1].copy_(labels, non_blocking=True)
-            yield kind, len(images)
+            yield kind, len(images), 1
 
     def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         there, named = self._place(images), labels.to(self._device, torch.int64, non_blocking=True)
@@ -112,14 +114,14 @@ class _TableFeed:
         """[N, columns] of an epoch, on the CPU."""
         raise NotImplementedError
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int, int]]:
         table = self._table(epoch)[: len(self._rows)]
         # From pinned memory nothing waits for the device.
         table = table.pin_memory() if self._rows.is_cuda else table
         self._rows.copy_(table, non_blocking=True)
         self._at.zero_()
-        for size in self._sizes:
-            yield size, size
+        for size, equals in itertools.groupby(self._sizes):
+            yield size, size, len(list(equals))
 
     def _taken(self, kind: Hashable) -> Tensor:
         assert isinstance(kind, int)
@@ -223,16 +225,17 @@ def cache_features(
     elif not isinstance(loader, list | tuple):
         return feed
     features, labels, sizes = [], [], []
-    for kind, size in feed.epoch(0):
-        images, named = feed.take(kind)
-        found = features_of(images)
-        if found is None:
-            return feed
-        # Copies: these may be the loader's own, or overwritten by the next batch.
-        features.append(found.clone())
-        labels.append(named.clone())
-        sizes.append(size)
-        feed.advance(kind)
+    for kind, size, count in feed.epoch(0):
+        for _ in range(count):
+            images, named = feed.take(kind)
+            found = features_of(images)
+            if found is None:
+                return feed
+            # Copies: these may be the loader's own, or overwritten by the next batch.
+            features.append(found.clone())
+            labels.append(named.clone())
+            sizes.append(size)
+            feed.advance(kind)
     rows, names = torch.cat(features), torch.cat(labels)
     if order is not None:
         # By their place in the dataset, rather than in the first epoch.

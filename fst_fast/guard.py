@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 # Steps that the host may be ahead of a GPU: enough to keep it busy, few enough to stop it soon.
+# A CUDA graph holds at most half as many (graphs.MOST_STEPS): one is queued while another runs.
 RUN_AHEAD = 32
 
 
@@ -19,6 +21,27 @@ class Fault:
     bad_images: bool
     bad_labels: bool
 
+    def told(self, where: str, classes: int) -> str:
+        """What the user is to know of it.
+
+        Raises:
+            ValueError: a batch was bad, which is the caller's to mend.
+        """
+        if not self.bad_images and not self.bad_labels:
+            return (
+                f"the loss or a gradient was not finite at {where}; the weights are those from "
+                "before that step; try a lower lr, a lower alpha or precision='fp32'"
+            )
+        expected, got, remedy = (
+            (f"labels in 0..{classes - 1}", "another", "check the label mapping")
+            if self.bad_labels
+            else ("finite images", "NaN or Inf", "check the files and the normalisation")
+        )
+        raise ValueError(
+            f"purify: loader must yield {expected}, got {got} at {where}; the model was left as "
+            f"before that step; {remedy}"
+        )
+
 
 class Guard:
     """Freezes a run, on the device, at the first step that is not finite.
@@ -29,8 +52,9 @@ class Guard:
     :meth:`finish` puts the buffers (batch-norm statistics) back to before it. With a loss scale
     (fp16), an overflow of the gradients alone skips one step and lowers the scale.
 
-    All of a step happens on the device, so it can be captured in a CUDA graph. The host reads the
-    flag of some steps ago, which also keeps it from running further ahead than that.
+    All of a step happens on the device, so it can be captured in a CUDA graph, alone or with
+    others. The host reads the flag of some steps ago, which also keeps it from running further
+    ahead than that.
 
     Args:
         model: whose buffers are kept.
@@ -70,7 +94,10 @@ class Guard:
         self._lag = (RUN_AHEAD if pinned else 0) if lag is None else lag
         self._seen = torch.zeros(self._lag + 1, pin_memory=pinned)
         self._events = [torch.cuda.Event() if pinned else None for _ in range(self._lag + 1)]
-        self._step = 0
+        # Slots of the flags that the host has not seen, with the steps that each is behind.
+        self._queued: deque[tuple[int, int]] = deque()
+        self._ahead = 0
+        self._next, self._last = 0, -1
 
     def state(self) -> list[Tensor]:
         """All that :meth:`inspect` changes."""
@@ -108,29 +135,40 @@ class Guard:
         for group, kept in self._kept:
             torch.where(self._fatal == 0, _flat(group), kept, out=kept)
 
-    def after_step(self) -> bool:
-        """Queue this step's flag for the host; True if a step that is done had gone wrong."""
-        slot = self._step % len(self._events)
+    def after_step(self, steps: int = 1) -> bool:
+        """Queue the flag for the host, behind so many steps since the last one.
+
+        Returns:
+            Whether a step that is done had gone wrong.
+        """
+        slot = self._last = self._next
+        self._next = (slot + 1) % len(self._events)
         self._seen[slot].copy_(self._fatal, non_blocking=True)
         event = self._events[slot]
         if event is not None:
             event.record()
-        self._step += 1
-        return self._step > self._lag and self._failed(self._step - 1 - self._lag)
+        self._queued.append((slot, steps))
+        self._ahead += steps
+        failed = False
+        while self._ahead > self._lag:
+            oldest, behind = self._queued.popleft()
+            self._ahead -= behind
+            failed = self._failed(oldest)
+        return failed
 
     def finish(self) -> Fault | None:
         """Wait for all steps; what went wrong, with the buffers put back to before it."""
-        if self._step == 0 or not self._failed(self._step - 1):
+        if self._last < 0 or not self._failed(self._last):
             return None
         self.undo_forward()
         images, labels = self._bad.tolist()
         return Fault(int(self.good_steps), images, labels)
 
-    def _failed(self, step: int) -> bool:
-        event = self._events[step % len(self._events)]
+    def _failed(self, slot: int) -> bool:
+        event = self._events[slot]
         if event is not None:
             event.synchronize()
-        return self._seen[step % len(self._events)].item() != 0
+        return self._seen[slot].item() != 0
 
     def undo_forward(self) -> None:
         """Buffers as the last good step left them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from .averaging import WeightAverage, fresh_statistics
 from .features import FeatureTap
 from .feed import Feed, cache_features, open_feed
-from .graphs import Capture, Replays
+from .graphs import Recording, Replays
 from .host_loader import HostLoader
 from .inputs import Batches, autocast, check_batch
 from .ledger import Ledger
@@ -35,8 +35,9 @@ class Tuner:
     ``stopped`` says why it ended early, or is None.
 
     Args:
-        capture: records steps, to replay them; None runs them as they are.
-        must_capture: whether a step that cannot be recorded is an error.
+        recording: whether and how steps are recorded, to be replayed.
+    Attributes:
+        longest_graph: steps in the graph that holds most; 0 without graphs.
     """
 
     def __init__(
@@ -45,9 +46,8 @@ class Tuner:
         head: nn.Module,
         method: Method,
         settings: LoopSettings,
-        tap: FeatureTap | None = None,
-        capture: Capture | None = None,
-        must_capture: bool = False,
+        tap: FeatureTap | None,
+        recording: Recording,
     ) -> None:
         self.model, self.method, self.settings = model, method, settings
         self.step = Step(model, head, method, settings, tap)
@@ -62,7 +62,9 @@ class Tuner:
         self.within = (0, 0)
         self.at_start: Callable[[], None] = _nothing
         self.where_left_off: Callable[[], None] = _nothing
-        self._capture, self._must_capture = capture, must_capture
+        self._recording, self.longest_graph = recording, 0
+        # Epochs until another part of the model is trained, or the run ends.
+        self._alike = settings.epochs
         # [epoch, steps in it, steps before those], of this call of run().
         self._steps: list[list[int]] = []
 
@@ -126,7 +128,8 @@ class Tuner:
         """Where batches come from; the head alone is trained on features computed once."""
         step, device = self.step, self.settings.device
         classes = len(self.head.weight0)
-        feed = open_feed(batches, step.place, device, classes, keeps=self._capture is not None)
+        keeps = self._recording.capture is not None
+        feed = open_feed(batches, step.place, device, classes, keeps)
         if self.method.trains == "head" and step.tap is not None:
             self.model.eval()
             with torch.no_grad():
@@ -134,8 +137,11 @@ class Tuner:
         return feed
 
     def _replays(self, batches: Batches, feed: Feed, report: ProgressReport) -> Replays:
-        def refused(reason: str) -> None:
-            if self._must_capture:
+        def refused(reason: str, steps: int) -> None:
+            if steps > 1:
+                report.note(f"purify: replays one step at a time: {reason}")
+                return
+            if self._recording.required:
                 raise RuntimeError(
                     f"purify: graphs=True needs a step that can be recorded, but {reason}; leave "
                     "graphs out to run without"
@@ -144,7 +150,7 @@ class Tuner:
 
         return Replays(
             self.model,
-            self._capture,
+            self._recording,
             lambda: [*self.step.state(), *feed.state()],
             self.settings.device,
             refused,
@@ -160,7 +166,9 @@ class Tuner:
         step.head_lr.fill_(lr * course.head_lr)
         if self.within == (0, 0):
             step.totals.zero_()
-        head_only = epoch < round(course.head_epochs * epochs)
+        head_epochs = round(course.head_epochs * epochs)
+        head_only = epoch < head_epochs
+        self._alike = (head_epochs if head_only else epochs) - epoch
         if head_only != step.head_only:
             step.head_only = head_only
             for parameter in self.backbone:
@@ -175,22 +183,15 @@ class Tuner:
     ) -> int | None:
         """Queue an epoch's steps; how many images were in it, or None where it was stopped."""
         failed = False
-        before, count = self.within
-        steps = 0
-        self._steps.append([epoch, 0, before])
+        steps, count = self.within
+        self._steps.append([epoch, 0, steps])
         self.at_start()
         try:
-            for kind, size in feed.epoch(epoch):
-                steps += 1
-                if steps <= before:
-                    feed.advance(kind)
-                    if steps == before:
-                        self.where_left_off()
-                    continue
-                self._do(feed, replays, kind)
-                self._steps[-1][1] += 1
-                count += size
-                failed = self.guard.after_step()
+            for done, images in self._work(feed, replays, epoch):
+                self._steps[-1][1] += done
+                steps += done
+                count += images
+                failed = self.guard.after_step(done)
                 if failed or interrupts.requested:
                     break
         except RuntimeError:
@@ -199,6 +200,7 @@ class Tuner:
                 raise
         finally:
             self.head.materialize()
+            self.longest_graph = replays.longest
         if (failed or interrupts.requested) and self._has_failed():
             return None
         if interrupts.requested:
@@ -212,13 +214,37 @@ class Tuner:
             )
         return count
 
-    def _do(self, feed: Feed, replays: Replays, kind: Hashable) -> None:
-        """One step of the staged batch; in parts, where the whole takes too much memory."""
+    def _work(self, feed: Feed, replays: Replays, epoch: int) -> Iterator[tuple[int, int]]:
+        """Queue the steps of an epoch that are not done yet.
+
+        Yields, each time that the host may look up, the steps and images since the last time.
+        """
+        before = self.within[0]
+        for kind, size, staged in feed.epoch(epoch):
+            skipped = min(before, staged)
+            for _ in range(skipped):
+                feed.advance(kind)
+            before -= skipped
+            if skipped and not before:
+                self.where_left_off()
+            left = staged - skipped
+            while left:
+                # How many go together is settled by a whole epoch.
+                done = self._do(feed, replays, kind, left if self.within == (0, 0) else 1)
+                left -= done
+                yield done, done * size
+
+    def _do(self, feed: Feed, replays: Replays, kind: Hashable, staged: int) -> int:
+        """One step, or, where they are one graph, some of those staged; returns how many.
+
+        In parts, where a whole batch takes too much memory.
+        """
         step = self.step
         while True:
             try:
-                replays.run((kind, step.head_only, step.parts), lambda: step(feed, kind))
-                return
+                key = (kind, step.head_only, step.parts)
+                left = staged * self._alike
+                return replays.run(key, lambda: step(feed, kind), staged, left)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -261,23 +287,5 @@ class Tuner:
                 break
             left -= steps
         where = f"epoch {epoch + 1}, step {before + left + 1}"
-        if fault.bad_images or fault.bad_labels:
-            self._blame_batch(fault.bad_labels, where)
-        self.stopped = (
-            f"the loss or a gradient was not finite at {where}; the weights are those from before "
-            "that step; try a lower lr, a lower alpha or precision='fp32'"
-        )
+        self.stopped = fault.told(where, len(self.head.weight0))
         return True
-
-    def _blame_batch(self, labels: bool, where: str) -> None:
-        """Bad batches are the caller's to mend."""
-        classes = len(self.head.weight0)
-        expected, got, remedy = (
-            (f"labels in 0..{classes - 1}", "another", "check the label mapping")
-            if labels
-            else ("finite images", "NaN or Inf", "check the files and the normalisation")
-        )
-        raise ValueError(
-            f"purify: loader must yield {expected}, got {got} at {where}; the model was left as "
-            f"before that step; {remedy}"
-        )

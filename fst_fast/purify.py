@@ -17,7 +17,7 @@ from . import backends, methods
 from .arrangement import Wishes, arrange, threads_of
 from .evaluate import measure
 from .features import tap_features
-from .graphs import Capture, capture_for
+from .graphs import MOST_STEPS, Recording, capture_for
 from .heads import find_head, head_matrix, head_name, unwrap
 from .inputs import (
     Batches,
@@ -30,7 +30,7 @@ from .loop import Callback, Tuner
 from .methods import Method
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
-from .resume import RunFolder, arrangement_of, fingerprint
+from .resume import arrangement_of, fingerprint, follow_in
 from .state import deterministic_algorithms, evaluating, seeded, tuning
 from .step import LoopSettings
 
@@ -50,7 +50,7 @@ def purify(
     precision: str = "auto",
     channels_last: bool | None = None,
     threads: int | None = None,
-    graphs: bool | str = "auto",
+    graphs: bool | int | str = "auto",
     compile: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
@@ -94,7 +94,9 @@ def purify(
         channels_last: memory layout of weights and images; None takes the faster one.
         threads: of PyTorch during the run, on a CPU; None takes as many as it has, or fewer.
         graphs: on a GPU, record the steps as CUDA graphs and replay them: "auto" where the model
-            allows it (a note says why not), True or an error, False never.
+            allows it (a note says why not), True or an error, False never. One graph holds several
+            steps where they are short, and their batches on the device beforehand; a number is
+            True with at most so many in one, 1 to 16. The weights are the same.
         compile: run the model through ``torch.compile``, which takes its time first; the head's
             loss is then the compiler's too.
         deterministic: the same bits every time on this machine: no trial on a CPU, and on a GPU
@@ -122,7 +124,7 @@ def purify(
     chosen = _choose_method(method, alpha)
     epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
-    capture = _capture(graphs, place)
+    recording = _recording(graphs, place)
     backends.choose("head_step_", place, backend)
     wishes = Wishes(precision, channels_last, threads)
     resolve_precision(precision, place)
@@ -154,14 +156,14 @@ def purify(
         )
         module = tuned.get_submodule(name)
         tap = tap_features(tuned, module, images)
-        tuner = Tuner(tuned, module, chosen, settings, tap, capture, graphs is True)
+        tuner = Tuner(tuned, module, chosen, settings, tap, recording)
         if chosen.reinitializes:
             tuner.head.reinitialize(torch.Generator().manual_seed(seed))
         validate = _validator(judged, settings)
         with seeded(seed, place), threads_of(settings.threads):
             keep = None
             if resume is not None:
-                keep = _go_on(resume, tuner, asked, loader, report)
+                keep = follow_in(resume, tuner, asked, loader, report)
             tuner.run(batches, report, validate, callbacks, keep)
         if tuner.stopped is not None:
             report.note(f"purify: {tuner.stopped}")
@@ -176,6 +178,7 @@ def purify(
             **asdict(settings),
             "deterministic": deterministic,
             "device": str(place),
+            "graphs": tuner.longest_graph or False,
             "head": name,
             "seed": seed,
             "validation": validation is not None,
@@ -194,15 +197,22 @@ def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
         raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
 
 
-def _capture(graphs: bool | str, place: torch.device) -> Capture | None:
-    if graphs not in ("auto", True, False):
-        raise ValueError(f'purify: graphs must be "auto", True or False, got {graphs!r}')
-    capture = capture_for(place) if graphs else None
-    if graphs is True and capture is None:
+def _recording(graphs: bool | int | str, place: torch.device) -> Recording:
+    # True is 1 to Python, but no number of steps.
+    most = graphs if isinstance(graphs, int) and not isinstance(graphs, bool) else None
+    if not (graphs in ("auto", True, False) if most is None else 1 <= most <= MOST_STEPS):
         raise ValueError(
-            f"purify: graphs=True needs a GPU, got the device {place}; leave graphs out"
+            f'purify: graphs must be "auto", True, False or a number of steps in 1..{MOST_STEPS}, '
+            f"got {graphs!r}"
         )
-    return capture
+    recording = Recording(
+        capture_for(place) if graphs else None, graphs not in ("auto", False), most
+    )
+    if recording.required and recording.capture is None:
+        raise ValueError(
+            f"purify: graphs={graphs} needs a GPU, got the device {place}; leave graphs out"
+        )
+    return recording
 
 
 def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
@@ -281,21 +291,3 @@ def _trained_head(
             "load the checkpoint, or name the right layer with head="
         )
     return name, len(weight)
-
-
-def _go_on(
-    folder: str | Path,
-    tuner: Tuner,
-    asked: dict[str, object],
-    loader: Loader,
-    report: ProgressReport,
-) -> Callable[[Tuner], None]:
-    """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
-    run = RunFolder(folder, {**asked, **tuner.method.settings(), **asdict(tuner.settings)}, loader)
-    if run.restore(tuner):
-        where = f"behind epoch {len(tuner.history)} of {tuner.settings.epochs}"
-        if tuner.within != (0, 0):
-            where += f", step {tuner.within[0]} of the next"
-        report.note(f"purify: goes on {where}")
-    run.follow(tuner)
-    return run.keep

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .arrangement import Arrangement
 from .files import TEMPORARIES, replace_file
 from .host_loader import HostLoader
 from .loop import Tuner
-from .progress import EpochRecord
+from .progress import EpochRecord, ProgressReport
 
 NAME = "state.safetensors"
 FORMAT = "fst_fast run, version 2"
@@ -129,6 +129,26 @@ class RunFolder:
             self._start = _Draws.take(tuner.settings.device, self._generators)
 
         tuner.at_start = note
+
+
+def follow_in(
+    folder: str | Path,
+    tuner: Tuner,
+    asked: Mapping[str, Any],
+    loader: object,
+    report: ProgressReport,
+) -> Callable[[Tuner], None]:
+    """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
+    run = RunFolder(
+        folder, {**asked, **tuner.method.settings(), **dataclasses.asdict(tuner.settings)}, loader
+    )
+    if run.restore(tuner):
+        where = f"behind epoch {len(tuner.history)} of {tuner.settings.epochs}"
+        if tuner.within != (0, 0):
+            where += f", step {tuner.within[0]} of the next"
+        report.note(f"purify: goes on {where}")
+    run.follow(tuner)
+    return run.keep
 
 
 def arrangement_of(folder: str | Path) -> Arrangement | None:

@@ -5,6 +5,8 @@ runs no Python of the model, of autograd or of the loop, so that whatever these 
 stands still, as in a CUDA graph. Reading a value on the host raises, as while a graph is captured.
 """
 
+import importlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -17,15 +19,28 @@ _READS = {
 _INDEXING = {"aten::index", "aten::index_put_", "aten::index_put"}
 
 
+def stand_in(monkeypatch, recorder):
+    """The recorder in the place of CUDA's graphs, in every run of purify; returns it."""
+    purify, inject = (importlib.import_module(f"fst_fast.{n}") for n in ("purify", "ops.inject"))
+    monkeypatch.setattr(purify, "capture_for", lambda device: recorder)
+    # Reads values, and is left out on a GPU.
+    monkeypatch.setattr(inject, "check_rows", lambda *given: None)
+    return recorder
+
+
 class Recorder:
     """A :class:`fst_fast.graphs.Capture`; counts what it was asked for.
 
     Attributes:
-        warm_ups, records, replays: how often.
+        warm_ups, records, replays, timings: how often.
+        step_seconds: what a replay is said to take.
+        at_replay: called before each replay with its number, from 1.
     """
 
-    def __init__(self):
-        self.warm_ups = self.records = self.replays = 0
+    def __init__(self, step_seconds=0.0):
+        self.warm_ups = self.records = self.replays = self.timings = 0
+        self.step_seconds = step_seconds
+        self.at_replay = lambda number: None
 
     def warm_up(self, function):
         self.warm_ups += 1
@@ -39,9 +54,16 @@ class Recorder:
 
         def replay():
             self.replays += 1
+            self.at_replay(self.replays)
             tape.replay()
 
         return replay
+
+    def seconds(self, replay):
+        self.timings += 1
+        replay()
+        self.replays -= 1
+        return self.step_seconds
 
 
 class _Tape(TorchDispatchMode):
@@ -55,20 +77,22 @@ class _Tape(TorchDispatchMode):
         if name in _READS or masks:
             raise RuntimeError(f"{name} waits for the device, which is not allowed while recording")
         out = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, out))
+        # A view needs no call: what it looks at is written anew.
+        if not function.is_view:
+            self.calls.append((function, args, kwargs or {}, _tensors(out)))
         return out
 
     @torch.no_grad()
     def replay(self):
-        for function, args, kwargs, out in self.calls:
-            if function.is_view:
-                continue
+        for function, args, kwargs, outs in self.calls:
             again = function(*args, **kwargs)
-            for old, new in zip(_tensors(out), _tensors(again), strict=True):
+            for old, new in zip(outs, _tensors(again), strict=True):
                 # In-place calls return what they were given.
                 if old.data_ptr() != new.data_ptr() or old.numel() == 0:
                     old.copy_(new)
 
 
 def _tensors(out):
+    if isinstance(out, torch.Tensor):
+        return [out]
     return [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from recorder import Recorder, stand_in
 from torch import nn
 
 from fst_fast import DeviceLoader, evaluate, purify
@@ -97,6 +98,16 @@ def test_every_rung_is_right_and_timed(capsys, suite):
     last = case["variants"][-1]
     first = case["variants"][0]
     assert last["speedup_over_plain"] == pytest.approx(first["p50_us"] / last["p50_us"])
+
+
+def test_on_a_gpu_there_are_graphs_of_one_step_and_of_several(monkeypatch):
+    monkeypatch.setattr(ladder, "resolve_precision", lambda *_: "fp32")
+    stand_in(monkeypatch, Recorder())
+    rungs = {rung.name: rung for rung in ladder.loop_rungs(torch.device("cuda"))}
+    case, given = loop_cases.LoopCase("loop", 8, 24, 1), inputs()
+    for name, steps in (("purify", False), ("a graph a step", 1), ("steps in a graph", 3)):
+        rung = rungs[name if name in rungs else f"purify ({name})"]
+        assert rung.run(given, case, True, {}).how["graphs"] == steps
 
 
 def test_a_rung_that_ends_elsewhere_is_refused(capsys, monkeypatch):

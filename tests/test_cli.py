@@ -170,6 +170,16 @@ def test_wrong_usage_exits_with_2(files):
     assert stop.value.code == 2
 
 
+def test_graphs(files, capsys):
+    assert run_purify(files, "--quiet", "--graphs", "off") == 0
+    assert json.loads((files / "out.json").read_text())["settings"]["graphs"] is False
+    assert run_purify(files, "--quiet", "--graphs", "4") == 1
+    assert "graphs=4 needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_purify(files, "--graphs", "many")
+    assert "must be auto, on, off or a number, got 'many'" in capsys.readouterr().err
+
+
 def test_near_chance_is_said(files, capsys):
     # An untrained model: nothing on the command line can be right about it.
     assert run_purify(files, "--quiet") == 0

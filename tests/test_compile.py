@@ -1,17 +1,14 @@
 """compile=True ends where the plain run ends, to rounding, recorded or not."""
 
-import sys
-
 import pytest
 import torch
 from purify_cases import make_batches, make_model, quick
-from recorder import Recorder
+from recorder import Recorder, stand_in
 
 
 @pytest.mark.parametrize("graphs", [False, "auto"], ids=["step by step", "replayed"])
 def test_compiled(graphs, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(sys.modules["fst_fast.purify"], "capture_for", lambda device: recorder)
+    recorder = stand_in(monkeypatch, Recorder())
     compiled = []
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(1) or real(*a, **k))

@@ -30,6 +30,12 @@ def opened(loader, keeps=False):
     return open_feed(batches, lambda images: images, CPU, CLASSES, keeps)
 
 
+def one_by_one(feed, epoch):
+    for kind, size, count in feed.epoch(epoch):
+        for _ in range(count):
+            yield kind, size
+
+
 @pytest.mark.parametrize(
     ("loader", "kind"),
     [
@@ -59,8 +65,7 @@ def test_a_resident_loader_s_batches(drop_last, poison):
     for epoch in (0, 2, 1):
         loader.set_epoch(epoch)
         wanted = list(loader)
-        staged = feed.epoch(epoch)
-        for (kind, size), (images, labels) in zip(staged, wanted, strict=True):
+        for (kind, size), (images, labels) in zip(one_by_one(feed, epoch), wanted, strict=True):
             assert size == len(labels)
             # Asked twice, the same batch comes: a step may have to begin anew.
             for _ in range(2):
@@ -74,7 +79,9 @@ def test_batches_of_one_shape_take_the_same_memory():
     batches = [*make_batches(2), *make_batches(1, size=5)]
     feed = opened(batches, keeps=True)
     places = []
-    for (kind, _), (images, labels) in zip(feed.epoch(1), batches, strict=True):
+    for (kind, _, count), (images, labels) in zip(feed.epoch(1), batches, strict=True):
+        # The next is the host's to copy.
+        assert count == 1
         got = feed.take(kind)
         assert torch.equal(got[0], images)
         assert torch.equal(got[1], labels)
@@ -143,12 +150,18 @@ def test_lp_computes_features_anew_where_images_change(name):
     assert many > few
 
 
+def test_equal_batches_of_a_table_follow_one_another():
+    rows, labels = torch.zeros(17, 1), torch.arange(17)
+    feed = FeatureFeed(rows, labels, [4, 4, 4, 1, 4], None)
+    assert list(feed.epoch(0)) == [(4, 4, 3), (1, 1, 1), (4, 4, 1)]
+
+
 def test_features_are_rows_of_a_table():
     features, labels = torch.arange(10.0)[:, None], torch.arange(10)
     feed = FeatureFeed(features, labels, [4, 4, 2], lambda epoch: torch.arange(10).roll(epoch))
     for epoch in (0, 3):
         seen = []
-        for kind, _ in feed.epoch(epoch):
+        for kind, _ in one_by_one(feed, epoch):
             rows, names = feed.take(kind)
             assert torch.equal(rows[:, 0].long(), names)
             seen.append(names)

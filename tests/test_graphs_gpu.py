@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 METHODS = [{"alpha": 0.1}, {"alpha": "auto"}, {"method": "ft"}, {"method": "fe"}, {"method": "lp"}]
 
 
-def device_loader(count=45):
+def device_loader(count=45, augment="cifar"):
     images = torch.randint(0, 256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(4))
     return fst_fast.DeviceLoader(
-        images.to(torch.uint8), torch.arange(count) % 4, 16, device="cuda", augment="cifar"
+        images.to(torch.uint8), torch.arange(count) % 4, 16, device="cuda", augment=augment
     )
 
 
@@ -29,6 +29,13 @@ def tuned(loader, model=None, **more):
     model = resnet18(4, 8) if model is None else model
     more = {"device": "cuda", "channels_last": None, "threads": None, "epochs": 3, **more}
     return quick(model, loader, **more)
+
+
+def with_dropout():
+    torch.manual_seed(0)
+    model = resnet18(4, 8)
+    model.head = torch.nn.Sequential(torch.nn.Dropout(0.3), model.head)
+    return model
 
 
 @pytest.fixture
@@ -58,7 +65,56 @@ def test_the_same_weights(make, settings, precision, recorded):
         torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_no_wait_between_the_first_and_the_last_step(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
+def test_the_same_weights_however_many_steps_a_graph_holds(settings, precision):
+    """Of 189 images by 16: eleven steps in a row, and an odd one."""
+    augment = None if settings.get("method") == "lp" else "cifar"
+    expected = {False: False, 1: 1, 2: 2, 3: 3, 5: 5, 16: 11}
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        plain, *replayed = [
+            tuned(
+                *(device_loader(189, augment), with_dropout()),
+                **{"graphs": most, "precision": precision, **settings},
+            )
+            for most in expected
+        ]
+    assert [run.settings["graphs"] for run in (plain, *replayed)] == list(expected.values())
+    for run in replayed:
+        for name, value in run.model.state_dict().items():
+            other = plain.model.state_dict()[name]
+            torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_short_steps_are_joined_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(graphs, "LAUNCH_SECONDS", 1.0)
+    for long, steps in ((1.0, 11), (0.0, 1)):
+        monkeypatch.setattr(graphs, "LONG_STEP_SECONDS", long)
+        result = tuned(device_loader(189, None), make_model(), method="lp")
+        assert result.settings["graphs"] == steps
+
+
+@pytest.mark.parametrize("most", [1, 5, 16])
+def test_a_fault_within_a_graph_is_told_to_the_step(most):
+    class Spoils(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_model()
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            if self.training:
+                self.steps += 1
+            return self.net(torch.where(self.steps == 12 + 7, torch.nan, x))
+
+    result = tuned(device_loader(189), Spoils(), alpha=0.1, graphs=most)
+    assert "not finite at epoch 2, step 7;" in result.stopped
+    assert len(result.history) == 1
+    assert result.model.steps == 12 + 6
+
+
+@pytest.mark.parametrize("most", [1, 16])
+def test_no_wait_between_the_first_and_the_last_step(most, monkeypatch):
     real = loop.Tuner._epoch
 
     def watched(self, feed, replays, epoch, interrupts):
@@ -71,7 +127,7 @@ def test_no_wait_between_the_first_and_the_last_step(monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(loop.Tuner, "_epoch", watched)
-    result = tuned(device_loader(), alpha=0.1, epochs=6, graphs=True)
+    result = tuned(device_loader(), alpha=0.1, epochs=6, graphs=most)
     assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
     seconds = [record.seconds for record in result.history]
     assert seconds == sorted(seconds)
@@ -111,4 +167,5 @@ def test_what_cannot_be_recorded_runs_as_it_is(capsys):
     batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)]
     runs = [tuned(batches, Reads(), alpha=0.1, graphs=on, progress=True) for on in ("auto", False)]
     assert "runs without CUDA graphs" in " ".join(capsys.readouterr().err.split())
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert equal_states(*(run.model.state_dict() for run in runs))

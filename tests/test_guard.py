@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fst_fast.guard import Fault, Guard
+from fst_fast import graphs
+from fst_fast.guard import RUN_AHEAD, Fault, Guard
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -118,6 +119,36 @@ def test_the_host_looks_so_many_steps_behind(lag, model):
         guard.inspect(torch.tensor(NAN if step == 1 else 1.0), [])
         told.append(guard.after_step())
     assert told.index(True) == 1 + lag
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 16])
+def test_the_host_is_no_more_steps_ahead_however_many_are_queued_at_once(together, model):
+    """What it has not seen are at most so many steps, of which only the last was looked at."""
+    guard, lag = guarded(model, lag=8), 8
+    queued, told_after = 0, None
+    while told_after is None:
+        guard.inspect(torch.tensor(NAN), [])
+        queued += together
+        if guard.after_step(together):
+            told_after = queued
+    # Had the first flag not been waited for, more than lag steps would be unseen.
+    assert told_after - together <= lag < told_after
+    assert guard.finish() == Fault(0, False, False)
+
+
+def test_behind_many_steps_at_once_the_host_catches_up_with_many_flags(model):
+    guard = guarded(model, lag=8)
+    told = []
+    for step in range(8):
+        guard.inspect(torch.tensor(NAN if step == 7 else 1.0), [])
+        told.append(guard.after_step())
+    assert told == [False] * 8
+    # Now the eight are too far back.
+    assert guard.after_step(8)
+
+
+def test_two_graphs_fit_into_what_the_host_may_be_ahead():
+    assert 2 * graphs.MOST_STEPS <= RUN_AHEAD
 
 
 def test_a_model_without_buffers():

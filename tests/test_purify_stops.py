@@ -3,7 +3,6 @@
 import copy
 import functools
 import signal
-import sys
 import threading
 
 import pytest
@@ -14,7 +13,7 @@ from purify_cases import (
     quick,
     with_value,
 )
-from recorder import Recorder
+from recorder import Recorder, stand_in
 from torch import nn
 
 from fst_fast import step
@@ -88,8 +87,7 @@ def test_nan_loss_stops_within_one_step_and_keeps_the_last_good_weights(
     # Seven good steps of a schedule for 4 epochs; the eighth is not finite.
     monkeypatch.setattr(step, "Guard", functools.partial(step.Guard, lag=lag))
     if graphs == "auto":
-        recorder = Recorder()
-        monkeypatch.setattr(sys.modules["fst_fast.purify"], "capture_for", lambda device: recorder)
+        stand_in(monkeypatch, Recorder())
     good, bad = make_batches(), make_batches()
     # Finite, and too much for the first convolution.
     bad[1] = (bad[1][0] * 1e38, bad[1][1])

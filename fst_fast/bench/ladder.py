@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fst_fast.evaluate import evaluate
+from fst_fast.graphs import MOST_STEPS
 from fst_fast.inputs import resolve_precision
 from fst_fast.purify import purify
 from fst_fast.triggers import BadNets
@@ -116,7 +117,10 @@ def loop_rungs(device: torch.device) -> list[Rung]:
     pinned: dict[str, Any] = {"precision": half, "channels_last": True}
     if device.type == "cpu":
         pinned["threads"] = torch.get_num_threads()
-    graphs = [_rung("purify (graphs)", purified(**pinned, graphs=True), ours=True)]
+    graphs = [
+        _rung("purify (a graph a step)", purified(**pinned, graphs=1), ours=True),
+        _rung("purify (steps in a graph)", purified(**pinned, graphs=MOST_STEPS), ours=True),
+    ]
     same_bits = [_rung("purify (deterministic)", purified(deterministic=True), ours=True)]
     return [
         _rung(BASE, plainly(syncs=True)),
