@@ -48,7 +48,9 @@ left_out() { # left_out NAME REASON
 
 part build 300 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 part info 60 "$python" -m fst_fast info --json
-part tests 480 "$python" -m pytest -q
+workers=()
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+part tests 480 "$python" -m pytest -q "${workers[@]}"
 for tool in memcheck racecheck synccheck initcheck; do
   if ! command -v compute-sanitizer >/dev/null; then
     left_out "sanitizer-$tool" "compute-sanitizer is not installed"

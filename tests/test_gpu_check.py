@@ -44,7 +44,7 @@ def call(tmp_path):
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment
         )
-        called = [line for line in log.read_text().splitlines() if "import sklearn" not in line]
+        called = [line for line in log.read_text().splitlines() if "-c import" not in line]
         return result.returncode, (out / "summary.txt").read_text().splitlines(), called
 
     return run
