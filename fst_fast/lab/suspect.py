@@ -12,18 +12,36 @@ from ..data import Augment, DeviceLoader
 from ..pixels import Normalization
 from ..triggers import Trigger
 from .datasets import ImageSet
-from .poison import poison
+from .poison import Poisoned, Prepare, poison
 from .train import TrainSettings, train
 
 
 @dataclass(frozen=True)
 class Attack:
-    """All-to-one poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`."""
+    """Poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`."""
 
     trigger: Trigger
     rate: float
     target: int = 0
     cover: float = 0.0
+    relabel: str = "all-to-one"
+    negatives: float = 0.0
+    prepare: Prepare | None = None
+
+    def on(self, data: ImageSet, seed: int = 0) -> Poisoned:
+        """The data, poisoned."""
+        return poison(
+            data.images,
+            data.labels,
+            self.trigger,
+            rate=self.rate,
+            target=self.target,
+            relabel=self.relabel,
+            cover=self.cover,
+            negatives=self.negatives,
+            prepare=self.prepare,
+            seed=seed,
+        )
 
 
 def train_suspect(
@@ -55,15 +73,7 @@ def train_suspect(
     """
     images, labels = data.images, data.labels
     if attack is not None:
-        poisoned = poison(
-            images,
-            labels,
-            attack.trigger,
-            rate=attack.rate,
-            target=attack.target,
-            cover=attack.cover,
-            seed=seed,
-        )
+        poisoned = attack.on(data, seed)
         images, labels = poisoned.images, poisoned.labels
     loader = DeviceLoader(
         images,
