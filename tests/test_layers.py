@@ -87,6 +87,9 @@ ALLOWED = {
     "bench": ANYTHING,
     "inspect_file": ("files", "manifest", "untrusted"),
     "_cli_inspect": ("inspect_file",),
+    "_cli_lab": (
+        *("_cli_values", "arrangement", "checkpoint", "evaluate", "inputs", "lab", "poisoning"),
+    ),
     "_cli_report": ANYTHING,
     "_cli_sweep": ("sweep",),
     "_cli_triggers": ANYTHING,
