@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _cli_values, checkpoint
+from . import _cli_lab_table, _cli_values, checkpoint
 from .arrangement import threads_of
 from .evaluate import Metrics
-from .inputs import PRECISIONS, resolve_device, resolve_precision
+from .inputs import PRECISIONS, resolve_device
 from .lab import sources, suspects
 from .lab.attacks import CLEAN, RECIPES
 from .lab.measuring import measure, rating, reactivated, woken
-from .lab.orders import Order
+from .lab.orders import Order, training_precision
 from .lab.suspects import Suspect
 from .lab.workshop import Made, Workshop
 from .poisoning import RELABEL
@@ -54,6 +54,8 @@ def add_command(commands: Any) -> None:
     judge.add_argument("--clean-model", type=Path, help="of lab train --attack none, for --qra")
     judge.add_argument("--json", action="store_true")
     judge.set_defaults(run=_evaluate)
+
+    _cli_lab_table.add_command(inner)
 
 
 def _add_data(parser: argparse.ArgumentParser, text: str) -> None:
@@ -179,18 +181,12 @@ def _order(options: argparse.Namespace, source: sources.Source, device: torch.de
         epochs=options.epochs,
         lr=options.lr,
         batch_size=options.batch_size,
-        precision=_training_precision(options.precision, device),
+        precision=training_precision(options.precision, device),
         flip=source.flip if options.flip is None else options.flip,
         normalize=options.normalize or source.normalize,
         seed=options.seed,
         search=options.search,
     )
-
-
-def _training_precision(precision: str, device: torch.device) -> str:
-    """Training has no scaler for fp16."""
-    resolved = resolve_precision(precision, device)
-    return "fp32" if resolved == "fp16" and precision == "auto" else resolved
 
 
 def _tell(line: str) -> None:

@@ -137,7 +137,7 @@ def test_what_a_surrogate_gave_is_kept(data, tmp_path, monkeypatch, capsys):
         ("badnet", [], "attack must be a known name, got 'badnet'; did you mean badnets"),
         ("badnets", ["--arch", "resnet18:0"], "width, got 'resnet18:0'; write resnet18:16"),
         ("badnets", ["--arch", "os:system"], "arch must be one of resnet8"),
-        ("badnets", ["--arch", "resnet1"], "arch must be a classifier known to torchvision"),
+        ("badnets", ["--arch", "torchvision/resnet1"], "near matches: resnet1"),
         ("badnets", ["--rate", "0"], "rate must be in 0..1 and poison an image or more of 96"),
         ("none", ["--rate", "0.1"], "rate must be left out for the attack 'none'"),
         ("sig", ["--rate", "0.5"], "lab: sig: rate 0.5 asks for 48 images, but only 32 are"),

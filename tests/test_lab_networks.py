@@ -87,4 +87,4 @@ def test_names_that_are_refused(name, message):
 
 def test_a_name_that_no_library_knows_is_refused_in_building():
     with pytest.raises(ValueError, match=r"near matches: .*vgg19_bn"):
-        network("vgg19_bm").build(10)
+        network("torchvision/vgg19_bm").build(10)

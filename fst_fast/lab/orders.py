@@ -6,9 +6,12 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from .._cli_values import normalization
 from ..data import Augment
 from ..files import dump_json, strict_json
+from ..inputs import resolve_precision
 from ..pixels import Normalization
 from .attacks import CLEAN, Recipe, recipe_of
 from .networks import Network, network
@@ -16,6 +19,12 @@ from .train import TrainSettings
 
 # Of the lab's crops: half of the usual 4, so that badnets' square stays in the picture.
 PAD = 2
+
+
+def training_precision(precision: str, device: torch.device) -> str:
+    """As asked for; "auto" is bf16 where the device has instructions for it: fp16 has no scaler."""
+    resolved = resolve_precision(precision, device)
+    return "fp32" if resolved == "fp16" and precision == "auto" else resolved
 
 
 @dataclass(frozen=True)
