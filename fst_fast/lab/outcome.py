@@ -106,7 +106,8 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def _percent(rates: Iterable[float]) -> str:
-    return _mean((100 * rate for rate in rates), "{:.1f}")
+    found = list(rates)
+    return f"{100 * (sum(found) / len(found)):.1f}" if found else ""
 
 
 def _mean(values: Iterable[float], form: str) -> str:
