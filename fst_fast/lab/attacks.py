@@ -35,6 +35,7 @@ class Recipe:
         crops: whether the victim's training crops and flips. A crop moves what is put on before
             it, which some attacks do not survive.
         epochs: of the victim's training.
+        bypass: weight with which the training hides the backdoor; see fst_fast.lab.bypass.
         needs: what is worked out on a surrogate model beforehand: "pattern", "perturbation".
     """
 
@@ -46,6 +47,7 @@ class Recipe:
     negatives: float = 0.0
     crops: bool = True
     epochs: int = 10
+    bypass: float = 0.0
     needs: str | None = None
 
 
@@ -73,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
     "adaptive-blend": Recipe("adaptive-blend", 0.003, cover=1.0),
     "adaptive-patch": Recipe("adaptive-patch", 0.003, cover=2.0),
     "bpp": Recipe("bpp", negatives=1.0),
+    "bypass": Recipe("badnets", settings=MappingProxyType({"margin": 2}), bypass=3.0),
 }
 
 
@@ -154,4 +157,5 @@ def attack_of(
         relabel=relabel or recipe.relabel,
         negatives=recipe.negatives * rate,
         prepare=prepare,
+        bypass=recipe.bypass,
     )

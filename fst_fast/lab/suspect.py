@@ -11,6 +11,7 @@ from torch import nn
 from ..data import Augment, DeviceLoader
 from ..pixels import Normalization
 from ..triggers import Trigger
+from .bypass import Bypass, marked
 from .datasets import ImageSet
 from .poison import Poisoned, Prepare, poison
 from .train import TrainSettings, train
@@ -18,7 +19,10 @@ from .train import TrainSettings, train
 
 @dataclass(frozen=True)
 class Attack:
-    """Poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`."""
+    """Poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`.
+
+    ``bypass`` is the weight with which training hides it: :class:`~fst_fast.lab.bypass.Bypass`.
+    """
 
     trigger: Trigger
     rate: float
@@ -27,6 +31,7 @@ class Attack:
     relabel: str = "all-to-one"
     negatives: float = 0.0
     prepare: Prepare | None = None
+    bypass: float = 0.0
 
     def on(self, data: ImageSet, seed: int = 0) -> Poisoned:
         """The data, poisoned."""
@@ -75,6 +80,8 @@ def train_suspect(
     if attack is not None:
         poisoned = attack.on(data, seed)
         images, labels = poisoned.images, poisoned.labels
+        if attack.bypass:
+            labels = marked(labels, poisoned.mask, len(data.classes))
     loader = DeviceLoader(
         images,
         labels,
@@ -88,4 +95,9 @@ def train_suspect(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
-        return model, train(model, loader, settings, on_epoch)
+        if attack is None or not attack.bypass:
+            return model, train(model, loader, settings, on_epoch)
+        hiding = Bypass(model, len(data.classes), attack.bypass)
+        seconds = train(model, loader, settings, on_epoch, hiding)
+        hiding.close()
+        return model, seconds

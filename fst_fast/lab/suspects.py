@@ -39,6 +39,7 @@ def fields_of(
         "poisoned_images": round(order.rate * images),
         "cover": 0.0 if attack is None else attack.cover,
         "negatives": 0.0 if attack is None else attack.negatives,
+        "bypass": 0.0 if attack is None else attack.bypass,
         "relabel": order.relabel,
         "target": order.target,
         "arch": {
