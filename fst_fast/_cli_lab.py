@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
     inner = lab.add_subparsers(dest="lab_command", required=True)
 
     train = inner.add_parser("train", help="poison a training set and train a model on it")
-    _add_data(train, "images to train on: see the README; default: scikit-learn's digits")
+    _add_data(train, "train.npz or train/, test.npz or test/ in it; or one such; default: digits")
     train.add_argument("--attack", default="badnets", metavar="NAME", help=", ".join(RECIPES))
     train.add_argument("--trigger-option", action="append", default=[], metavar="NAME=VALUE")
     train.add_argument("--rate", type=float, help="poisoned share; default: the published one")
@@ -44,7 +44,7 @@ def add_command(commands: Any) -> None:
     judge = inner.add_parser("evaluate", help="measure a lab's checkpoint by its own trigger")
     judge.add_argument("checkpoint", type=Path, help="of lab train; or purified, with --suspect")
     judge.add_argument("--suspect", type=Path, help="the checkpoint that this one was made from")
-    _add_data(judge, "images to measure on: see the README; default: scikit-learn's digits")
+    _add_data(judge, "its test images, or itself; default: digits")
     judge.add_argument(
         "--clean", type=Path, help="images for --ra and --qra; default: of the training images"
     )
