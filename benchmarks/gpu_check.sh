@@ -2,8 +2,8 @@
 # Everything that only a GPU can show, results in one folder, within 25 minutes; needs no network.
 # Usage: benchmarks/gpu_check.sh [OUT]
 #   PYTHON  an interpreter that has torch, triton, pytest and setuptools
-#   DATA    a folder with CIFAR-10 as train.npz and test.npz: adds the efficacy of the methods, and
-#           end2end is of a ResNet-18 on it
+#   DATA    a folder with CIFAR-10 as train.npz and test.npz: end2end and the efficacy of the methods
+#           are of a ResNet-18 on it, else of a small network on handwritten digits
 #   BUDGET  seconds for everything; what does not fit is left for the next call
 # A part that has succeeded in OUT is not run again; REDO=1 runs all. Exit status: 0 where every part
 # has succeeded or cannot be run here, else 1. OUT/summary.txt says which.
@@ -76,11 +76,13 @@ for suite in head inject loop evaluate end2end; do
   fi
   part "bench-$suite" $limit "$python" -m fst_fast.bench "${arguments[@]}"
 done
+table=(-m fst_fast lab table --device cuda --name gpu --models "$out/suspects" --out "$out")
 if [ -n "${DATA:-}" ]; then
-  part efficacy 900 "$python" benchmarks/efficacy.py --data "$DATA" --suspects "$out/suspects" \
-    --width 64 --out "$out"
+  part efficacy 900 "$python" "${table[@]}" --preset full --data "$DATA" --arch resnet18 --seeds 1
+elif "$python" -c "import sklearn" 2>/dev/null; then
+  part efficacy 600 "$python" "${table[@]}" --preset small
 else
-  left_out efficacy "DATA is not set"
+  left_out efficacy "needs scikit-learn, or DATA"
 fi
 
 for name in "${names[@]}"; do

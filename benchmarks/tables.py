@@ -17,6 +17,7 @@ from ladder_tables import (
 
 from fst_fast.bench.table import error_ratio, size
 from fst_fast.bench.table import time as microseconds
+from fst_fast.lab import outcome
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,9 +25,9 @@ DOCUMENTS = ("README.md", "docs/reliability.md")
 
 
 def newest(pattern):
-    """The newest record of each name that the pattern matches; names start with their date."""
+    """The newest record of each folder and name; names start with their date."""
     paths = sorted(RESULTS.glob(pattern))
-    by_name = {path.name[len("2026-01-01") :]: path for path in paths}
+    by_name = {(path.parent.name, path.name[len("2026-01-01") :]): path for path in paths}
     return [json.loads(path.read_text()) for path in by_name.values()]
 
 
@@ -43,38 +44,29 @@ def efficacy():
     """Clean accuracy / attack success: a row for each suspect, a column for each method."""
     parts = []
     for record in newest("*/*-efficacy-*-images.json"):
-        suspects = record["suspects"]
-        names = list(dict.fromkeys(describe(r) for made in suspects.values() for r in made["rows"]))
-        rows = [
-            [name + (" *" if made["developed"] else ""), *(outcome(made["rows"], n) for n in names)]
-            for name, made in suspects.items()
-        ]
         title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
-        parts.append(f"{title}\n\n{table(['suspect', *names], rows)}")
+        parts.append(f"{title}\n\n{table(*outcome.by_suspect(record))}")
     return "\n\n".join(parts) or "Not yet measured."
 
 
-def outcome(rows, name):
-    """Mean over the seeds; in brackets the attack success after retuning."""
-    chosen = [row for row in rows if describe(row) == name]
-    if not chosen:
-        return ""
-    text = percent(sum(row["clean_accuracy"] for row in chosen) / len(chosen))
-    if chosen[0]["attack_success"] is not None:
-        text += f" / {percent(sum(row['attack_success'] for row in chosen) / len(chosen))}"
-    woken = [row["retuned"]["attack_success"] for row in chosen if "retuned" in row]
-    return f"{text} ({percent(woken[0])})" if woken else text
-
-
-def describe(row):
-    if row["method"] == "before":
-        return "before"
-    alpha = f", alpha {row['alpha']}" if "alpha" in row else ""
-    return f"{row['method']}{alpha}"
+def evidence():
+    """What ``fst-fast lab table`` measured: suspect by suspect, and method by method."""
+    found = [record for record in newest("*/*-efficacy-*.json") if "settings" in record]
+    parts = [
+        "\n\n".join(
+            [
+                f"{outcome.about(record)}:",
+                table(*outcome.by_suspect(record)),
+                table(*outcome.by_method(record)),
+            ]
+        )
+        for record in found
+    ]
+    return "\n\n".join(parts) or "Not yet measured."
 
 
 def attacks():
-    """Accuracy and attack success of the models that benchmarks/attacks.py trained."""
+    """Accuracy and attack success of two attacks on one small network."""
     rows = [
         [
             row["trigger"]["name"],
@@ -254,6 +246,7 @@ RELIABILITY_HEADER = ["what", "tried", "found", "at most"]
 VERDICTS = ("right", "refused", "wrong")
 TABLES = {
     "efficacy": efficacy,
+    "evidence": evidence,
     "heads": heads,
     "head": head,
     "head_step": head_step,

@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | sweep | report | bench | ...``."""
+"""The command line: ``fst-fast demo | purify | evaluate | sweep | lab | report | bench | ...``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from . import (
     _cli_inspect,
+    _cli_lab,
     _cli_report,
     _cli_sweep,
     _cli_triggers,
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     zoo.set_defaults(run=_cli_triggers.run)
 
     _cli_sweep.add_command(commands)
+
+    _cli_lab.add_command(commands)
 
     measured = commands.add_parser("bench", help="time the ops here, each result checked first")
     bench.add_arguments(measured)

@@ -53,9 +53,9 @@ def call(tmp_path):
 def test_every_part_runs_once(call):
     status, summary, called = call()
     assert status == 0
-    assert [line for line in summary if "exit status 0, " not in line] == [
-        "efficacy: left out: DATA is not set"
-    ]
+    assert all("exit status 0, " in line for line in summary)
+    assert "lab table --device cuda" in called[-1]
+    assert "--preset small" in called[-1]
     for suite in SUITES:
         assert any(f"fst_fast.bench {suite} --device cuda" in line for line in called)
     assert sum(line.startswith("--tool") for line in called) == 8
@@ -83,7 +83,8 @@ def test_what_a_machine_lacks_is_left_out(call):
     status, summary, called = call(FAIL="import sklearn")
     assert status == 0
     assert "bench-end2end: left out: needs scikit-learn, or DATA" in summary
-    assert not any("end2end" in line for line in called)
+    assert "efficacy: left out: needs scikit-learn, or DATA" in summary
+    assert not any("end2end" in line or "lab table" in line for line in called)
 
 
 def test_with_data_a_network_of_full_size_is_tuned(call):
@@ -92,7 +93,8 @@ def test_with_data_a_network_of_full_size_is_tuned(call):
     assert not any("left out" in line for line in summary)
     line = next(line for line in called if "bench end2end" in line)
     assert "--checkpoint cifar10-resnet18 --data cifar" in line
-    assert "benchmarks/efficacy.py --data cifar" in called[-1]
+    assert "lab table" in called[-1]
+    assert "--preset full --data cifar" in called[-1]
 
 
 def test_the_order_of_the_parts(call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -52,6 +53,12 @@ class ImageSet:
         rest = len(self) - sum(sizes)
         parts = torch.split(order, [*sizes, rest] if rest else list(sizes))
         return tuple(self.subset(part) for part in parts)
+
+    def describe(self) -> dict[str, object]:
+        """For manifests: SHA-256 of the bytes and labels, how many, and the classes' names."""
+        digest = hashlib.sha256(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return {"sha256": digest.hexdigest(), "images": len(self), "classes": list(self.classes)}
 
     def statistics(self) -> Normalization:
         """(mean, std) per channel in units of 0..1, for ``normalize=``."""

@@ -1,7 +1,8 @@
-"""Small residual networks for 32 x 32 images, built as in He et al. 2016 (arXiv 1512.03385).
+"""Networks for 32 x 32 images: residual ones (He et al., arXiv 1512.03385, 1603.05027) and VGG.
 
 The ImageNet networks of torchvision shrink a 32 x 32 image to one pixel; these use the usual
-CIFAR form instead: a 3x3 stem, no max-pooling, and the first stage at full resolution.
+CIFAR forms instead: the residual ones with a 3x3 stem, no max-pooling and the first stage at full
+resolution, VGG with one linear layer behind its convolutions.
 """
 
 from collections.abc import Sequence
@@ -73,3 +74,91 @@ def resnet18(num_classes: int = 10, width: int = 64, in_channels: int = 3) -> Re
 def resnet8(num_classes: int = 10, width: int = 16, in_channels: int = 3) -> ResNet:
     """Three stages of one block: trains on a laptop's CPU in seconds."""
     return ResNet((1, 1, 1), num_classes, width, in_channels)
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and ReLU, added to the (projected) input."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        # A projection comes after the activation, the identity before it.
+        passed = x if self.shortcut is None else self.shortcut(active)
+        return self.conv2(F.relu(self.bn2(self.conv1(active)))) + passed
+
+
+class PreActResNet(nn.Module):
+    """A residual network with identity mappings; arguments as of :class:`ResNet`."""
+
+    def __init__(
+        self, blocks: Sequence[int], num_classes: int, width: int = 64, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        layers: list[nn.Module] = []
+        channels = width
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(PreActBlock(channels, width * 2**stage, stride))
+                channels = width * 2**stage
+        self.blocks = nn.Sequential(*layers)
+        # The paper's extra activation behind the last block.
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.norm(self.blocks(self.stem(x))))
+        return self.head(features.mean(dim=(2, 3)))
+
+
+class VGG(nn.Module):
+    """3x3 convolutions with batch norm and ReLU in stages that each end in 2x2 max-pooling.
+
+    Args:
+        convolutions: how many in each stage; the channels double from one stage to the next, up to
+            eight times the width.
+        num_classes, width, in_channels: as of :class:`ResNet`.
+    """
+
+    def __init__(
+        self, convolutions: Sequence[int], num_classes: int, width: int = 64, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for stage, count in enumerate(convolutions):
+            out_channels = width * min(2**stage, 8)
+            for _ in range(count):
+                layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
+                layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+                channels = out_channels
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+
+def preactresnet18(num_classes: int = 10, width: int = 64, in_channels: int = 3) -> PreActResNet:
+    """PreActResNet-18 in its CIFAR form; width 64 is the published one (11.2 M parameters)."""
+    return PreActResNet((2, 2, 2, 2), num_classes, width, in_channels)
+
+
+def vgg19_bn(num_classes: int = 10, width: int = 64, in_channels: int = 3) -> VGG:
+    """VGG-19 with batch norm in its CIFAR form, of 32 x 32 images or larger.
+
+    Sixteen convolutions (Simonyan and Zisserman, arXiv 1409.1556) and one linear layer; width 64
+    is the published one (20.0 M parameters).
+    """
+    return VGG((2, 2, 4, 4, 4), num_classes, width, in_channels)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import DeviceLoader
+from ..data import Augment, DeviceLoader
 from ..heads import logits_of
 from ..inputs import autocast, resolve_device, resolve_precision, safe_layout
 from ..pixels import Normalization, normalize_affine, normalize_bytes
@@ -42,6 +42,7 @@ def retune(
     lr: float = 0.01,
     momentum: float = 0.9,
     batch_size: int = 128,
+    augment: Augment | str | None = "cifar",
     seed: int = 42,
     device: torch.device | str | None = None,
     precision: str = "auto",
@@ -55,6 +56,7 @@ def retune(
         normalize: (mean, std) that the model was trained with.
         poisoned: images that get the trigger and the target as their label, of other classes.
         epochs, lr, momentum, batch_size: of SGD at a constant rate; the defaults are the paper's.
+        augment: of the images, the poisoned ones after their trigger.
         seed: of the choice and the batches.
     Returns:
         The tuned copy, in eval mode.
@@ -80,7 +82,7 @@ def retune(
         batch_size,
         device=place,
         seed=seed,
-        augment="cifar",
+        augment=augment,
         normalize=normalize,
         trigger=trigger,
         poisoned=mask,

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from ..triggers.base import check_images
 
 # Of epsilon, for each step: the paper's.
 STEP = 0.8
+# Side of an image that a pattern is unpacked for.
+LARGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,43 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     chosen = scores.flatten().argsort(descending=True, stable=True)[:k]
     mask = torch.zeros_like(scores).flatten()
     return mask.index_fill_(0, chosen, 1).view_as(scores)
+
+
+def pack_pattern(pattern: Tensor) -> dict[str, Any]:
+    """[H, W, C] int16 as JSON data: its shape, and a line of text for each pixel that changes.
+
+    A line holds row, column, and the change of each channel.
+    """
+    rows, columns = (pattern != 0).any(-1).nonzero(as_tuple=True)
+    lines = [
+        " ".join(map(str, (row, column, *pattern[row, column].tolist())))
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+    ]
+    return {"shape": list(pattern.shape), "pixels": lines}
+
+
+def unpack_pattern(packed: Any) -> Tensor:
+    """What :func:`pack_pattern` packed.
+
+    Raises:
+        ValueError: it did not pack this.
+    """
+    try:
+        height, width, channels = map(int, packed["shape"])
+        if not (0 < height <= LARGEST and 0 < width <= LARGEST and 0 < channels <= 4):
+            raise ValueError(f"shape {packed['shape']}")
+        pattern = torch.zeros(height, width, channels, dtype=torch.int16)
+        for line in packed["pixels"]:
+            row, column, *change = map(int, line.split())
+            if not (0 <= row < height and 0 <= column < width and len(change) == channels):
+                raise ValueError(f"pixel {line!r}")
+            pattern[row, column] = torch.tensor(change, dtype=torch.int16)
+    # TypeError and the others: JSON data of another form.
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"siba: pattern must be a shape and pixels as pack_pattern writes them, got {error}"
+        ) from None
+    return pattern
 
 
 def _check(

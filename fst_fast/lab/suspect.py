@@ -11,19 +11,42 @@ from torch import nn
 from ..data import Augment, DeviceLoader
 from ..pixels import Normalization
 from ..triggers import Trigger
+from .bypass import Bypass, marked
 from .datasets import ImageSet
-from .poison import poison
+from .poison import Poisoned, Prepare, poison
 from .train import TrainSettings, train
 
 
 @dataclass(frozen=True)
 class Attack:
-    """All-to-one poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`."""
+    """Poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`.
+
+    ``bypass`` is the weight with which training hides it: :class:`~fst_fast.lab.bypass.Bypass`.
+    """
 
     trigger: Trigger
     rate: float
     target: int = 0
     cover: float = 0.0
+    relabel: str = "all-to-one"
+    negatives: float = 0.0
+    prepare: Prepare | None = None
+    bypass: float = 0.0
+
+    def on(self, data: ImageSet, seed: int = 0) -> Poisoned:
+        """The data, poisoned."""
+        return poison(
+            data.images,
+            data.labels,
+            self.trigger,
+            rate=self.rate,
+            target=self.target,
+            relabel=self.relabel,
+            cover=self.cover,
+            negatives=self.negatives,
+            prepare=self.prepare,
+            seed=seed,
+        )
 
 
 def train_suspect(
@@ -55,16 +78,10 @@ def train_suspect(
     """
     images, labels = data.images, data.labels
     if attack is not None:
-        poisoned = poison(
-            images,
-            labels,
-            attack.trigger,
-            rate=attack.rate,
-            target=attack.target,
-            cover=attack.cover,
-            seed=seed,
-        )
+        poisoned = attack.on(data, seed)
         images, labels = poisoned.images, poisoned.labels
+        if attack.bypass:
+            labels = marked(labels, poisoned.mask, len(data.classes))
     loader = DeviceLoader(
         images,
         labels,
@@ -78,4 +95,9 @@ def train_suspect(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
-        return model, train(model, loader, settings, on_epoch)
+        if attack is None or not attack.bypass:
+            return model, train(model, loader, settings, on_epoch)
+        hiding = Bypass(model, len(data.classes), attack.bypass)
+        seconds = train(model, loader, settings, on_epoch, hiding)
+        hiding.close()
+        return model, seconds

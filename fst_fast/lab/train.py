@@ -13,6 +13,14 @@ from torch.nn import functional as F
 from ..data import DeviceLoader
 from ..inputs import safe_layout
 
+# Told the model, images [B, C, H, W] and labels [B]: the loss, a scalar.
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """What is minimised where nothing else is said."""
+    return F.cross_entropy(model(images).float(), labels)
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -38,6 +46,7 @@ def train(
     loader: DeviceLoader,
     settings: TrainSettings,
     on_epoch: Callable[[int, float, float], None] | None = None,
+    objective: Objective = cross_entropy,
 ) -> float:
     """Train the model in place on the loader's device; returns the seconds it took.
 
@@ -46,6 +55,7 @@ def train(
         loader: the (possibly poisoned) training set.
         settings: how to train.
         on_epoch: called after each epoch with its number (from 1), mean loss and seconds so far.
+        objective: what to minimise.
     """
     started = time.perf_counter()
     layout = safe_layout(model, loader.device)
@@ -66,26 +76,20 @@ def train(
         max_momentum=settings.momentum,
         base_momentum=max(0.0, settings.momentum - 0.1),
     )
+    bf16 = settings.precision == "bf16"
     for epoch in range(settings.epochs):
         total = torch.zeros((), device=loader.device)
         for images, labels in loader:
             images = images.contiguous(memory_format=layout)
-            total += _step(model, images, labels, optimizer, settings.precision == "bf16")
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = objective(model, images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
             schedule.step()
+            total += loss.detach()
         if on_epoch is not None:
             mean = (total / len(loader)).item()
             on_epoch(epoch + 1, mean, time.perf_counter() - started)
     model.to(memory_format=torch.contiguous_format).eval()
     return time.perf_counter() - started
-
-
-def _step(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, bf16: bool
-) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -173,8 +172,8 @@ def plan_of(config: Config, material: Material, device: torch.device) -> dict[st
                 f"{i} {suspect.written}": _facts_of_suspect(suspect)
                 for i, suspect in enumerate(config.suspects)
             },
-            "data": _facts_of_images(material.tuning),
-            "test": None if material.test is None else _facts_of_images(material.test),
+            "data": material.tuning.describe(),
+            "test": None if material.test is None else material.test.describe(),
             "device": device.type,
             "computed": {"precision": precision, "threads": threads},
             "versions": checkpoint.versions(),
@@ -188,12 +187,6 @@ def _facts_of_suspect(suspect: Suspect) -> dict[str, Any]:
     del facts["name"], facts["written"], facts["path"]
     trigger = suspect.trigger
     return {**facts, "trigger": None if trigger is None else trigger.describe()}
-
-
-def _facts_of_images(images: ImageSet) -> dict[str, Any]:
-    digest = hashlib.sha256(images.images.numpy().tobytes())
-    digest.update(images.labels.numpy().tobytes())
-    return {"sha256": digest.hexdigest(), "images": len(images), "classes": list(images.classes)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,109 @@
+"""Which cells a table of evidence has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import methods
+from ..methods import Method
+
+# Of every table: nothing done, the baselines, FST with the paper's alpha for CIFAR-10, FST auto.
+METHODS = ("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst:auto")
+NOTHING = "none"
+# (attack, rate, architecture) on which alpha="auto" was worked out: docs/alpha.md.
+DEVELOPED = {("badnets", 0.01, "resnet18:16"), ("blended", 0.01, "resnet18:16")}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A table's size.
+
+    Attributes:
+        attacks, rates: each attack at each of these shares of poisoned images; a clean model
+            comes beside them.
+        arch: of all models.
+        seeds: how many, of each purification.
+        train_images, test_images: how many at most; None takes all.
+        clean_images: that the defender has, drawn from the training images as they were.
+        train_epochs: None takes each attack's own.
+        batch_size: of training and tuning.
+        epochs: of tuning; FST auto makes four times as many.
+    """
+
+    attacks: tuple[str, ...]
+    rates: tuple[float, ...]
+    arch: str
+    seeds: int
+    clean_images: int
+    train_images: int | None = None
+    test_images: int | None = None
+    train_epochs: int | None = None
+    batch_size: int = 128
+    epochs: int = 10
+
+
+PRESETS = {
+    # Ten minutes on two slow cores, so of attacks that so few images are enough for.
+    "small": Preset(
+        attacks=("badnets", "blended", "batt-rotation"),
+        rates=(0.05,),
+        arch="resnet8:8",
+        seeds=1,
+        clean_images=400,
+        train_images=1_400,
+        test_images=400,
+        train_epochs=20,
+        batch_size=64,
+        epochs=15,
+    ),
+    "full": Preset(
+        attacks=("badnets", "blended", "sig", "wanet", "batt-rotation", "siba"),
+        rates=(0.05, 0.01, 0.005),
+        arch="resnet18:16",
+        seeds=3,
+        clean_images=1_000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and its alpha, as a table names them.
+
+    Attributes:
+        name: of the method; "none" does nothing.
+        alpha: None where the method takes none.
+    """
+
+    name: str
+    alpha: float | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Choice:
+        """From "ft", "fst:0.2" or "fst:auto".
+
+        Raises:
+            ValueError: no such method, or one that takes no alpha.
+        """
+        if text == NOTHING:
+            return cls(NOTHING)
+        name, colon, written = text.partition(":")
+        try:
+            if not colon or written == "auto":
+                # As purify: FST without a number is FST auto.
+                return cls(methods.get(name, alpha="auto").name)
+            alpha = float(written)
+            methods.get(name, alpha=alpha)
+        except ValueError as error:
+            raise ValueError(
+                f"lab: methods must be like {', '.join(METHODS)}, got {text!r}: {error}"
+            ) from None
+        return cls(name, alpha)
+
+    def method(self) -> Method:
+        return methods.get(self.name, **({} if self.alpha is None else {"alpha": self.alpha}))
+
+    def facts(self) -> dict[str, object]:
+        """As a row of the record has them."""
+        alpha = {} if self.alpha is None else {"alpha": self.alpha}
+        return {"method": self.name, **alpha}
