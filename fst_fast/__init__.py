@@ -1,8 +1,9 @@
 """fst_fast: remove backdoors from image classifiers with Feature Shift Tuning."""
 
 from . import heads, methods, ops, triggers
+from .augment import Augment
 from .checkpoint import LoadError, load
-from .data import Augment, DeviceLoader
+from .data import DeviceLoader
 from .drop_in import HeadDeviationLoss
 from .evaluate import Metrics, evaluate
 from .many import Outcome, purify_many

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import _uploads as uploads
+from .augment import Augment, draw, resolve
 from .host_loader import HostLoader
 from .ops import inject
 from .ops.inject import TriggerTables, no_triggers
@@ -19,23 +19,6 @@ from .pixels import Normalization, normalize_table
 from .poisoning import plan
 from .triggers import Trigger
 from .triggers.lower import looked_up, lower
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Per-sample augmentation on stored bytes: zero-pad, random crop to size, random flip.
-
-    Args:
-        pad: zero pixels added on each side before the crop; 0 crops nothing.
-        flip: mirror each image left to right with probability 1/2.
-    """
-
-    pad: int = 4
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise ValueError(f"Augment: pad must be >= 0, got {self.pad}")
 
 
 class DeviceLoader:
@@ -107,7 +90,7 @@ class DeviceLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
-        self.augment = _resolve_augment(augment)
+        self.augment = resolve(augment)
         self.normalize = None if isinstance(normalize, Tensor) else normalize
         self.channels_last = channels_last
         self.backend = backend
@@ -207,7 +190,7 @@ class DeviceLoader:
         # Drawn on the CPU for all devices alike: the same seed gives the same batches everywhere.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        crops = _draw(self.augment, count, generator)
+        crops = draw(self.augment, count, generator)
         return torch.cat([self._source[order, None], crops, self._fate[order]], dim=1)
 
     def _poison(
@@ -316,20 +299,3 @@ def _lut(channels: int, normalize: Normalization | Tensor | None, dtype: torch.d
             f"{normalize.dtype} {list(normalize.shape)}"
         )
     return normalize.to(dtype).contiguous()
-
-
-def _resolve_augment(augment: Augment | str | None) -> Augment | None:
-    if augment == "cifar":
-        return Augment()
-    if augment is None or isinstance(augment, Augment):
-        return augment
-    raise ValueError(f'DeviceLoader: augment must be None, "cifar" or an Augment, got {augment!r}')
-
-
-def _draw(augment: Augment | None, count: int, generator: torch.Generator) -> Tensor:
-    """[count, 3] int32: offsets of the crop by row and column, and flip, for an epoch."""
-    if augment is None:
-        return torch.zeros(count, 3, dtype=torch.int32)
-    crops = torch.randint(0, 2 * augment.pad + 1, (count, 2), generator=generator) - augment.pad
-    flips = torch.randint(0, 2, (count, 1), generator=generator) * int(augment.flip)
-    return torch.cat([crops, flips], dim=1).int()

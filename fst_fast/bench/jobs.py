@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fst_fast import checkpoint
-from fst_fast.data import Augment
+from fst_fast.augment import Augment
 from fst_fast.files import strict_json
 from fst_fast.lab import datasets
 from fst_fast.lab.datasets import ImageSet

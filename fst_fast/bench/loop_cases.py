@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fst_fast.data import Augment, DeviceLoader
+from fst_fast.augment import Augment
+from fst_fast.data import DeviceLoader
 from fst_fast.lab.datasets import ImageSet
 from fst_fast.lab.models import resnet18
 

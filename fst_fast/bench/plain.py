@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fst_fast.data import Augment
+from fst_fast.augment import Augment
 from fst_fast.heads import logits_of
 from fst_fast.inputs import autocast
 from fst_fast.lab.datasets import ImageSet

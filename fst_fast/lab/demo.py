@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..data import Augment, DeviceLoader
+from ..augment import Augment
+from ..data import DeviceLoader
 from ..evaluate import Metrics, evaluate
 from ..methods import Method
 from ..methods.fst import FST

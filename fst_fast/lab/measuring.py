@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..data import Augment, DeviceLoader
+from ..augment import Augment
+from ..data import DeviceLoader
 from ..evaluate import Metrics, evaluate
 from ..triggers import Trigger
 from .datasets import ImageSet

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._cli_values import normalization
-from ..data import Augment
+from ..augment import Augment
 from ..files import dump_json, strict_json
 from ..inputs import resolve_precision
 from ..pixels import Normalization

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import Augment, DeviceLoader
+from ..augment import Augment
+from ..data import DeviceLoader
 from ..heads import logits_of
 from ..inputs import autocast, resolve_device, resolve_precision, safe_layout
 from ..pixels import Normalization, normalize_affine, normalize_bytes

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data import Augment, DeviceLoader
+from ..augment import Augment
+from ..data import DeviceLoader
 from ..pixels import Normalization
 from ..triggers import Trigger
 from .bypass import Bypass, marked

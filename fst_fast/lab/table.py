@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..data import Augment, DeviceLoader
+from ..augment import Augment
+from ..data import DeviceLoader
 from ..evaluate import Metrics
 from ..purify import purify
 from .attacks import CLEAN
