@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from . import (
+    _cli_inputs,
     _cli_inspect,
     _cli_lab,
     _cli_report,
@@ -28,7 +28,6 @@ from . import (
     triggers,
 )
 from .bench import options as bench
-from .data import DeviceLoader
 from .evaluate import evaluate
 from .lab import datasets
 from .lab.demo import run_demo
@@ -57,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser("purify", help="tune a suspect checkpoint on clean images")
-    _add_model(tune)
-    _add_data(tune)
+    _cli_inputs.add_model(tune)
+    _cli_inputs.add_data(tune)
     tune.add_argument("--out", type=Path, required=True, help="FILE.safetensors to write")
     tune.add_argument("--validation", type=Path, help="clean images for the reported accuracy")
     tune.add_argument("--method", choices=methods.available(), default="fst")
@@ -99,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(run=_purify)
 
     measure = commands.add_parser("evaluate", help="clean accuracy; with a trigger, the attack")
-    _add_model(measure)
-    _add_data(measure)
+    _cli_inputs.add_model(measure)
+    _cli_inputs.add_data(measure)
     measure.add_argument("--trigger", choices=sorted(triggers.ZOO))
     measure.add_argument(
         "--battery",
@@ -139,54 +138,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".safetensors, or .pt/.pth state dict")
-    parser.add_argument(
-        "--arch", required=True, help="torchvision or timm name, or module:callable of your own"
-    )
-    parser.add_argument(
-        "--arch-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
-    )
-    parser.add_argument("--num-classes", type=int, help="default: taken from the checkpoint")
-    parser.add_argument("--device")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with one sub-folder per class (sorted names are labels 0, 1, ...), or .npz",
-    )
-    known = ", ".join(_cli_values.NORMALIZATIONS)
-    parser.add_argument("--size", type=int, help="resize and centre-crop to this many pixels")
-    parser.add_argument(
-        "--normalize",
-        required=True,
-        metavar="NAME|MEANS/STDS",
-        help=f"as in training: {known}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
-    )
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
-    )
-
-
 def _demo(options: argparse.Namespace) -> int:
     return run_demo(options.seed, options.out)
 
 
 def _purify(options: argparse.Namespace) -> int:
     checkpoint.check_writable(options.out)
-    model, facts = _load_model(options)
+    model, facts = _cli_inputs.load_model(options)
     suspect = _cli_report.suspect_for(options, model)
-    images = _load_images(options, options.data)
-    loader = _loader(options, images, shuffle=True)
-    plain = _loader(options, images, shuffle=False)
+    images = _cli_inputs.load_images(options, options.data)
+    loader = _cli_inputs.loader(options, images, shuffle=True)
+    plain = _cli_inputs.loader(options, images, shuffle=False)
     validation = None
     if options.validation is not None:
-        validation = _loader(options, _load_images(options, options.validation), shuffle=False)
+        found = _cli_inputs.load_images(options, options.validation)
+        validation = _cli_inputs.loader(options, found, shuffle=False)
     judged = plain if validation is None else validation
     before = evaluate(model, judged, device=options.device, precision=options.precision)
     method, profile = _method(options), None
@@ -250,9 +216,9 @@ def _print_outcome(before: float, after: float, images: datasets.ImageSet, valid
 def _evaluate(options: argparse.Namespace) -> int:
     if options.battery and options.trigger is not None:
         raise ValueError("--battery and --trigger must not be given together; leave one out")
-    model, _ = _load_model(options)
-    images = _load_images(options, options.data)
-    loader = _loader(options, images, shuffle=False)
+    model, _ = _cli_inputs.load_model(options)
+    images = _cli_inputs.load_images(options, options.data)
+    loader = _cli_inputs.loader(options, images, shuffle=False)
     settings = {"device": options.device, "precision": options.precision}
     if options.battery:
         battery = _cli_triggers.battery(images.images)
@@ -297,35 +263,3 @@ def _method(options: argparse.Namespace) -> methods.Method:
     given = {"alpha": options.alpha, "project": options.project}
     settings = {name: value for name, value in given.items() if value is not None}
     return methods.get(options.method, **settings)
-
-
-def _load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
-    """The model, and what the manifest says of where it came from."""
-    settings = _cli_values.options(options.arch_option)
-    model = checkpoint.load(options.checkpoint, options.arch, options.num_classes, **settings)
-    facts: dict[str, object] = {
-        "parent": {
-            "path": str(options.checkpoint),
-            "sha256": checkpoint.sha256(options.checkpoint),
-        },
-        "arch": {"name": options.arch, "num_classes": options.num_classes, **settings},
-    }
-    return model, facts
-
-
-def _load_images(options: argparse.Namespace, path: Path) -> datasets.ImageSet:
-    read = datasets.npz if path.suffix == ".npz" else datasets.folder
-    return read(path, options.size, skip_corrupt=options.skip_corrupt)
-
-
-def _loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: bool) -> DeviceLoader:
-    augment = getattr(options, "augment", "none") if shuffle else "none"
-    return DeviceLoader(
-        images.images,
-        images.labels,
-        options.batch_size,
-        shuffle=shuffle,
-        seed=getattr(options, "seed", 0),
-        augment=None if augment == "none" else augment,
-        normalize=_cli_values.normalization(options.normalize),
-    )

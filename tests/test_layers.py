@@ -97,6 +97,7 @@ ALLOWED = {
     "report": ("files",),
     "bench": ANYTHING,
     "inspect_file": ("files", "manifest", "untrusted"),
+    "_cli_inputs": ("_cli_values", "checkpoint", "data", "lab"),
     "_cli_inspect": ("inspect_file",),
     "_cli_lab": (
         *(

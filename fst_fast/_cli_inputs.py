@@ -1,0 +1,78 @@
+"""The suspect and the images, as several commands take them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+from . import _cli_values, checkpoint
+from .data import DeviceLoader
+from .lab import datasets
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help=".safetensors, or .pt/.pth state dict")
+    parser.add_argument(
+        "--arch", required=True, help="torchvision or timm name, or module:callable of your own"
+    )
+    parser.add_argument(
+        "--arch-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
+    )
+    parser.add_argument("--num-classes", type=int, help="default: taken from the checkpoint")
+    parser.add_argument("--device")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with one sub-folder per class (sorted names are labels 0, 1, ...), or .npz",
+    )
+    known = ", ".join(_cli_values.NORMALIZATIONS)
+    parser.add_argument("--size", type=int, help="resize and centre-crop to this many pixels")
+    parser.add_argument(
+        "--normalize",
+        required=True,
+        metavar="NAME|MEANS/STDS",
+        help=f"as in training: {known}, or like 0.5,0.5,0.5/0.2,0.2,0.2",
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be read"
+    )
+
+
+def load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
+    """The model, and what the manifest says of where it came from."""
+    settings = _cli_values.options(options.arch_option)
+    model = checkpoint.load(options.checkpoint, options.arch, options.num_classes, **settings)
+    facts: dict[str, object] = {
+        "parent": {
+            "path": str(options.checkpoint),
+            "sha256": checkpoint.sha256(options.checkpoint),
+        },
+        "arch": {"name": options.arch, "num_classes": options.num_classes, **settings},
+    }
+    return model, facts
+
+
+def load_images(options: argparse.Namespace, path: Path) -> datasets.ImageSet:
+    read = datasets.npz if path.suffix == ".npz" else datasets.folder
+    return read(path, options.size, skip_corrupt=options.skip_corrupt)
+
+
+def loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: bool) -> DeviceLoader:
+    augment = getattr(options, "augment", "none") if shuffle else "none"
+    return DeviceLoader(
+        images.images,
+        images.labels,
+        options.batch_size,
+        shuffle=shuffle,
+        seed=getattr(options, "seed", 0),
+        augment=None if augment == "none" else augment,
+        normalize=_cli_values.normalization(options.normalize),
+    )
