@@ -239,10 +239,9 @@ class Replays:
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
     def _seconds(self, capture: Capture, graph: _Graph) -> float:
-        """Of a replay on the device; the first one moves the graph there."""
-        with self._rehearsed() as (_, put_back):
+        """Of a replay on the device; the first one, of two at least to come, moves it there."""
+        with self._rehearsed():
             capture.seconds(graph.replay)
-            put_back()
             return capture.seconds(graph.replay)
 
     def _rehearsed(self) -> AbstractContextManager[tuple[Callable[[], str | None], Function]]:

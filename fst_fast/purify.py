@@ -97,8 +97,8 @@ def purify(
             allows it (a note says why not), True or an error, False never. One graph holds several
             steps where they are short, and their batches on the device beforehand; a number is
             True with at most so many in one, 1 to 16. The weights are the same.
-        compile: run the model through ``torch.compile``, which takes its time first; the head's
-            loss is then the compiler's too.
+        compile: run the model up to its head through ``torch.compile``, which takes its time
+            first.
         deterministic: the same bits every time on this machine: no trial on a CPU, and on a GPU
             only algorithms that promise it (which needs ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the
             environment; an operation without one is a RuntimeError).
@@ -155,7 +155,7 @@ def purify(
             *(epochs, lr, momentum, place), **asdict(arrangement), backend=backend, compile=compile
         )
         module = tuned.get_submodule(name)
-        tap = tap_features(tuned, module, images)
+        tap = tap_features(tuned, module, images, train=compile)
         tuner = Tuner(tuned, module, chosen, settings, tap, recording)
         if chosen.reinitializes:
             tuner.head.reinitialize(torch.Generator().manual_seed(seed))

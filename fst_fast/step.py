@@ -81,11 +81,12 @@ class Step:
         self.tap = tap if type(method).loss is Method.loss else None
         if self.tap is not None and method.project and self.head.weight.numel() >= DEFERRED_FROM:
             self.head.defer_scale()
+        # Those of the steps; what is computed but once is not worth compiling.
         self._run_model: Callable[[Tensor], object] = model
+        self._run_tap = self.tap
         if settings.compile:
-            # One graph of the whole model: the head's product is inductor's, not the fused op's.
-            self.tap = None
             self._run_model = torch.compile(model, dynamic=False)
+            self._run_tap = None if self.tap is None else self.tap.compiled()
 
     def _make_optimizer(self) -> torch.optim.SGD:
         optimizer = torch.optim.SGD(
@@ -162,12 +163,13 @@ class Step:
         head = self.head
         if are_features:
             return self._fused_loss(inputs, labels)
-        if self.tap is not None:
-            features = self.features(inputs)
+        if self._run_tap is not None:
+            with autocast(self.settings.device, self.settings.precision):
+                features = self._run_tap(inputs)
             if features is not None:
                 return self._fused_loss(features, labels)
             # In train mode the model does more than its head, after all.
-            self.tap = None
+            self.tap = self._run_tap = None
             head.materialize()
             head.weight_scale = None
             self.guard.undo_forward()

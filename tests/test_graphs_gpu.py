@@ -88,7 +88,7 @@ def test_the_same_weights_however_many_steps_a_graph_holds(settings, precision):
 
 def test_short_steps_are_joined_where_there_are_many(monkeypatch):
     monkeypatch.setattr(graphs, "LAUNCH_SECONDS", 1.0)
-    for long, steps in ((1.0, 11), (0.0, 1)):
+    for long, steps in ((1.0, 11), (-1.0, 1)):
         monkeypatch.setattr(graphs, "LONG_STEP_SECONDS", long)
         result = tuned(device_loader(189, None), make_model(), method="lp")
         assert result.settings["graphs"] == steps
