@@ -11,6 +11,7 @@ from sweep_cases import write_images
 
 from fst_fast.cli import _parser, main
 from fst_fast.lab import outcome, table
+from fst_fast.lab.evidence import Evidence
 from fst_fast.lab.presets import PRESETS, Choice
 
 METHODS = ["none", "fst:0.1", "fst:auto"]
@@ -122,6 +123,20 @@ def test_ctrl_c_is_no_error_and_a_finished_table_is_left_alone(
     printed = capsys.readouterr()
     assert "clean: done before" in printed.err
     assert "`tiny`: resnet8:4, 60 training, 24 test and 24 clean images, 1 seed;" in printed.out
+
+
+def test_a_row_is_that_of_its_method_alpha_and_seed(tmp_path):
+    evidence = Evidence(tmp_path / "record.json", {"suspects": {}})
+    done = {"method": "fst", "alpha": 0.2, "seed": 1}
+    evidence.begin("a", {"attack": "badnets", "versions": {}})
+    evidence.add("a", {**done, "seconds": 3.0})
+    evidence.begin("a", {"attack": "another"})
+    assert evidence.row("a", done)["seconds"] == 3.0
+    for other in ({"method": "ft"}, {"alpha": 0.1}, {"seed": 0}):
+        assert evidence.row("a", {**done, **other}) is None
+    assert evidence.row("b", done) is None
+    written = json.loads(evidence.path.read_text())["suspects"]["a"]
+    assert written == {"attack": "badnets", "rows": [evidence.row("a", done)]}
 
 
 @pytest.mark.parametrize(
