@@ -32,6 +32,13 @@ def write_images(path, count, classes=3):
     )
 
 
+def write_parts(folder, train, test):
+    """A folder with so many training and test images; returns it."""
+    write_images(folder / "train.npz", train)
+    write_images(folder / "test.npz", test)
+    return folder
+
+
 def write_sweep(folder, checkpoints=2, **changes):
     """Suspects, images and ``sweep.yaml`` in the folder; returns the path of the last.
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from purify_cases import equal_states, make_batches, make_model, quick
+from purify_cases import (
+    InPlaceWhenTraining,
+    OnlyWhenTraining,
+    equal_states,
+    make_batches,
+    make_model,
+    quick,
+)
 from torch import nn
 
 from fst_fast import methods
@@ -139,28 +146,9 @@ def test_a_deferred_projection_shows_nobody():
     assert result.history[-1].loss == pytest.approx(plain.history[-1].loss, rel=1e-5)
 
 
-class OnlyWhenTraining(nn.Module):
-    """Divides its logits, but in eval mode does not."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = large_model()
-
-    def forward(self, x):
-        return self.net(x) / 2 if self.training else self.net(x)
-
-
-class InPlaceWhenTraining(OnlyWhenTraining):
-    """Writes into its logits, but in eval mode does not."""
-
-    def forward(self, x):
-        logits = self.net(x)
-        return logits.div_(2) if self.training else logits
-
-
-@pytest.mark.parametrize("make", [OnlyWhenTraining, InPlaceWhenTraining])
-def test_a_model_that_does_more_when_training_is_run_the_ordinary_way(make):
+@pytest.mark.parametrize("wrap", [OnlyWhenTraining, InPlaceWhenTraining])
+def test_a_model_that_does_more_when_training_is_run_the_ordinary_way(wrap):
     method = methods.get("fst", alpha=0.1)
-    fused = quick(make(), make_batches(), method=method)
-    plain = quick(make(), make_batches(), method=from_logits(method))
+    fused = quick(wrap(large_model()), make_batches(), method=method)
+    plain = quick(wrap(large_model()), make_batches(), method=from_logits(method))
     assert equal_states(fused.model.state_dict(), plain.model.state_dict())

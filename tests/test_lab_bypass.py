@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lab_cases import make_set
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +13,6 @@ from fst_fast import DeviceLoader, evaluate
 from fst_fast.lab import suspect
 from fst_fast.lab.attacks import attack_of, trigger_of
 from fst_fast.lab.bypass import Bypass, marked
-from fst_fast.lab.datasets import ImageSet
 from fst_fast.lab.models import resnet8
 from fst_fast.lab.train import TrainSettings, cross_entropy
 
@@ -80,16 +80,6 @@ def test_the_discriminator_learns_to_tell():
         losses.append(hiding.loss(hiding.features, hiding.kinds(poisoned, labels)).item())
     assert losses[0] > 0.6
     assert losses[-1] < 0.1
-
-
-def make_set(count, seed):
-    """Classes differ in mean colour, under noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    colours = torch.tensor([[90, 130, 150], [140, 90, 130], [120, 150, 90], [100, 100, 100]])
-    noise = torch.randint(-50, 51, (count, 12, 12, 3), generator=generator)
-    images = (colours[labels][:, None, None] + noise).to(torch.uint8)
-    return ImageSet(images, labels, tuple("abcd"))
 
 
 def telling(seen):

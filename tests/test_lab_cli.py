@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from sweep_cases import write_images
+from sweep_cases import write_parts
 from torch import nn
 
 import fst_fast
@@ -22,10 +22,7 @@ from fst_fast.manifest import seal
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train.npz", 96)
-    write_images(folder / "test.npz", 30)
-    return folder
+    return write_parts(tmp_path_factory.mktemp("data"), 96, 30)
 
 
 def train(data, out, attack, *more):

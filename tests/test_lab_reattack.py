@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lab_cases import make_set
 from torch import nn
 
 from fst_fast import DeviceLoader, evaluate
@@ -17,16 +18,6 @@ from fst_fast.triggers import BadNets
 
 NORMALIZE = ((0.4, 0.5, 0.6), (0.25, 0.25, 0.25))
 TRIGGER = BadNets()
-
-
-def make_set(count, seed):
-    """Classes differ in mean colour, under noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    colours = torch.tensor([[90, 130, 150], [140, 90, 130], [120, 150, 90], [100, 100, 100]])
-    noise = torch.randint(-50, 51, (count, 12, 12, 3), generator=generator)
-    images = (colours[labels][:, None, None] + noise).to(torch.uint8)
-    return ImageSet(images, labels, tuple("abcd"))
 
 
 def success(model, data):

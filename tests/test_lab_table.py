@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from sweep_cases import write_images
+from sweep_cases import write_parts
 
 from fst_fast.cli import _parser, main
 from fst_fast.lab import outcome, table
@@ -19,10 +19,7 @@ METHODS = ["none", "fst:0.1", "fst:auto"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder / "train.npz", 60)
-    write_images(folder / "test.npz", 24)
-    return folder
+    return write_parts(tmp_path_factory.mktemp("data"), 60, 24)
 
 
 def arguments(data, folder, *more):
