@@ -61,8 +61,7 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object
 
 
 def load_images(options: argparse.Namespace, path: Path) -> datasets.ImageSet:
-    read = datasets.npz if path.suffix == ".npz" else datasets.folder
-    return read(path, options.size, skip_corrupt=options.skip_corrupt)
+    return datasets.read(path, options.size, skip_corrupt=options.skip_corrupt)
 
 
 def loader(options: argparse.Namespace, images: datasets.ImageSet, shuffle: bool) -> DeviceLoader:

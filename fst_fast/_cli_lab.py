@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from . import _cli_lab_table, _cli_values, checkpoint
 from .arrangement import threads_of
 from .evaluate import Metrics
 from .inputs import PRECISIONS, resolve_device
-from .lab import sources, suspects
+from .lab import datasets, sources, suspects
 from .lab.attacks import CLEAN, RECIPES
 from .lab.measuring import measure, rating, reactivated, woken
 from .lab.orders import Order, training_precision
@@ -93,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
     source = sources.read(options.data, options.size)
     source = source.shortened(options.train_images, None, options.seed)
     order = _order(options, source, device)
-    workshop = Workshop(options.out.parent, source.train, device, _tell)
+    workshop = Workshop(options.out.parent, source.train, device, _cli_lab_table.tell)
     workshop.check(order)
     with threads_of(options.threads):
         made = workshop.make(order)
@@ -137,7 +136,7 @@ def _attacked(
     """RA and, where it is asked for, QRA."""
     test = source.train if source.test is None else source.test
     if options.clean is not None:
-        known = sources.images(options.clean, options.size)
+        known = datasets.read(options.clean, options.size)
     elif source.test is not None:
         known = source.shortened(options.clean_images, None).train
     else:
@@ -147,9 +146,7 @@ def _attacked(
     if options.qra:
         clean = suspects.read(options.clean_model).load(options.clean_model)
         found = reactivated(model, retuned, clean, known, test, suspect, device)
-        told["reactivated"] = {
-            name: getattr(found, name) for name in ("success", "clean_success", "transfer")
-        }
+        told["reactivated"] = found.rates()
     return told
 
 
@@ -187,10 +184,6 @@ def _order(options: argparse.Namespace, source: sources.Source, device: torch.de
         seed=options.seed,
         search=options.search,
     )
-
-
-def _tell(line: str) -> None:
-    print(f"lab: {line}", file=sys.stderr, flush=True)
 
 
 def _tell_train(path: Path, made: Made, digest: str) -> None:

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     source = source.shortened(preset.train_images, preset.test_images)
     with threads_of(options.threads):
         plan = _plan(options, preset, source, device)
-    workshop = Workshop(options.models, source.train, device, _tell)
+    workshop = Workshop(options.models, source.train, device, tell)
     for order in plan.orders:
         workshop.check(order)
     try:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             evidence = Evidence.open(options.out, name, plan.facts(source), device)
             plan = plan.computed(evidence)
             with threads_of(plan.threads):
-                fill(plan, source, workshop, evidence, _tell)
+                fill(plan, source, workshop, evidence, tell)
     except KeyboardInterrupt:
         print("fst-fast lab table: stopped; the same command goes on", file=sys.stderr)
         return 1
@@ -153,7 +153,8 @@ def _attacked(preset: Preset) -> list[tuple[str, float | None]]:
     ]
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Show what is being done."""
     print(f"lab: {line}", file=sys.stderr, flush=True)
 
 

@@ -117,8 +117,7 @@ def _measure(
     trigger = None
     if options.trigger is not None:
         trigger = triggers.get(options.trigger, **_cli_values.options(options.trigger_option))
-    read = datasets.npz if options.data.suffix == ".npz" else datasets.folder
-    images = read(options.data, options.size)
+    images = datasets.read(options.data, options.size)
     loader = DeviceLoader(
         images.images,
         images.labels,

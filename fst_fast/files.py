@@ -64,6 +64,15 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(value, allow_nan=False, sort_keys=True, indent=2) + "\n").encode()
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write_temporary(directory: Path, data: bytes) -> Path:
     """Write data under a new hidden name, flush it to the disk, return the name; all or nothing."""
     path = directory / TEMPORARIES.replace("*", secrets.token_hex(8))

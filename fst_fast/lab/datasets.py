@@ -187,6 +187,12 @@ def _check_links(root: str | Path) -> None:
         reached[real] = place
 
 
+def read(path: Path, size: int | None = None, *, skip_corrupt: bool = False) -> ImageSet:
+    """An archive by :func:`npz` where the name ends in ``.npz``, else a :func:`folder`."""
+    reader = npz if path.suffix == ".npz" else folder
+    return reader(path, size, skip_corrupt=skip_corrupt)
+
+
 def npz(path: str | Path, size: int | None = None, *, skip_corrupt: bool = False) -> ImageSet:
     """An archive of encoded images.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from .. import checkpoint
 from ..bench import machine, records
-from ..files import dump_json, replace_file, strict_json
+from ..files import dump_json, read_object, replace_file, strict_json
 from ..sweep.plan import differences
 
 # Of a suspect's manifest: what the record holds already, or another file describes.
@@ -99,10 +98,7 @@ class Evidence:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    found = read_object(path)
+    if found is None:
         raise ValueError(f"lab table: {path} must be a record, got a damaged file; move it away")
     return found

@@ -121,6 +121,11 @@ class Reactivation:
     transfer: float
     perturb: nn.Module
 
+    def rates(self) -> dict[str, float]:
+        """All but the network."""
+        names = ("success", "clean_success", "transfer")
+        return {name: getattr(self, name) for name in names}
+
 
 class Perturbation(nn.Module):
     """The four-layer perceptron of the attack: ``x + 16/255 * tanh(MLP(x))``, clipped to 0..1."""

@@ -69,14 +69,9 @@ def read(path: Path | None, size: int | None = None) -> Source:
         return Source("digits", train, test, flip=False)
     parts = [_part(path, name) for name in ("train", "test")]
     if parts[0] is None:
-        return Source(str(path), images(path, size), None)
-    test_set = None if parts[1] is None else images(parts[1], size)
-    return Source(str(path), images(parts[0], size), test_set)
-
-
-def images(path: Path, size: int | None = None) -> ImageSet:
-    """One set: an ``.npz``, or a folder with one sub-folder per class."""
-    return datasets.npz(path, size) if path.suffix == ".npz" else datasets.folder(path, size)
+        return Source(str(path), datasets.read(path, size), None)
+    test_set = None if parts[1] is None else datasets.read(parts[1], size)
+    return Source(str(path), datasets.read(parts[0], size), test_set)
 
 
 def _part(path: Path, name: str) -> Path | None:

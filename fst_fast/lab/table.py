@@ -183,7 +183,7 @@ class _Bench:
         found = reactivated(
             model, retuned, self._unharmed, self.clean, self.test, suspect, self.device
         )
-        return {name: getattr(found, name) for name in ("success", "clean_success", "transfer")}
+        return found.rates()
 
 
 def _metrics(row: dict[str, Any]) -> Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..evaluate import Metrics
-from ..files import TEMPORARIES, dump_json, replace_file, strict_json
+from ..files import TEMPORARIES, dump_json, read_object, replace_file, strict_json
 from .config import Suspect
 from .plan import FORMAT, Cell, differences
 from .rows import Row
@@ -117,11 +116,8 @@ class SweepFolder:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+    found = read_object(path)
+    if found is None:
         raise ValueError(
             f"sweep: {path} must hold what the sweep wrote, got a damaged file; remove it to have "
             "that part done again"

@@ -101,7 +101,7 @@ def load_material(config: Config) -> Material:
 
 def _images(key: str, path: Path, size: int | None) -> ImageSet:
     try:
-        return datasets.npz(path, size) if path.suffix == ".npz" else datasets.folder(path, size)
+        return datasets.read(path, size)
     except ValueError as error:
         raise ValueError(
             f"sweep: {key} must be a folder with one sub-folder of images per class, or an .npz, "
