@@ -58,16 +58,36 @@ class CudaGraphs:
     def record(self, function: Function) -> Function:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        with (
-            # To come back to: a recording that fails would leave its own.
-            torch.cuda.stream(current),
-            # Threads that load data go on meanwhile.
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            function()
+        causes: list[Exception] = []
+        try:
+            with (
+                # To come back to: a recording that fails would leave its own.
+                torch.cuda.stream(current),
+                # Threads that load data go on meanwhile.
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                try:
+                    function()
+                except Exception as error:
+                    causes.append(error)
+                    raise
+        except Exception as error:
+            self._draw_again()
+            # The end of a spoiled recording raises too, and hides what spoiled it.
+            raise causes[0] if causes else error from None
         return graph.replay
+
+    def _draw_again(self) -> None:
+        """Random numbers in the way of a device, after a recording that has failed.
+
+        The generator would wait for ever for the recording's end, and refuse to draw meanwhile.
+        """
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(generator.get_state())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
     def seconds(self, replay: Function) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -45,7 +45,9 @@ def without_trace(
 @contextmanager
 def _kept(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
     """The tensors' values end as they were; yields what puts them back meanwhile."""
-    values = [tensor.clone() for tensor in tensors]
+    # Detached: autograd would keep the parameters' accumulators, which belong to this stream, and
+    # no recording may wait for it.
+    values = [tensor.detach().clone() for tensor in tensors]
 
     @torch.no_grad()
     def put_back() -> None:

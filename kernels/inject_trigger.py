@@ -50,9 +50,9 @@ def _bilinear(
     column = tl.load(coords_ptr + 2 * pixel + 1, mask=inside, other=0.0)
     if flags & 16:
         shift = tl.load(noise_ptr) + _uniform(seed, key, 2 * pixel) * tl.load(noise_ptr + 1)
-        row = tl.minimum(tl.maximum(row + shift, 0.0), (height - 1).to(tl.float32))
+        row = tl.minimum(tl.maximum(row + shift, 0.0), tl.cast(height - 1, tl.float32))
         shift = tl.load(noise_ptr + 2) + _uniform(seed, key, 2 * pixel + 1) * tl.load(noise_ptr + 3)
-        column = tl.minimum(tl.maximum(column + shift, 0.0), (width - 1).to(tl.float32))
+        column = tl.minimum(tl.maximum(column + shift, 0.0), tl.cast(width - 1, tl.float32))
     top = tl.floor(row)
     left = tl.floor(column)
     down = row - top
@@ -170,7 +170,8 @@ def triggered(
     flags = tl.load(row_ptr)
     seed = tl.load(row_ptr + 5)
     pixels = height * width
-    size = (pixels * C).to(tl.int64)
+    # Not a method: Triton makes a constant of an argument that is 1.
+    size = tl.cast(pixels * C, tl.int64)
     patterns_ptr += tl.load(row_ptr + 1) * size
     maps_ptr += tl.load(row_ptr + 2).to(tl.int64) * 256
     coords_ptr += tl.load(row_ptr + 4).to(tl.int64) * pixels * 2

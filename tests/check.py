@@ -26,7 +26,8 @@ def assert_no_worse_than_torch(got, eager, truth, *, name, rounded_to=None):
     """
     ours = (got.double() - truth).abs().max().item()
     theirs = (eager.double() - truth).abs().max().item()
-    roundings = 64 if got.dtype == torch.float64 else 1
+    # On a GPU cuBLAS adds up in whatever order it likes, for eager in another one.
+    roundings = 64 if got.dtype == torch.float64 else 4 if got.is_cuda else 1
     eps = torch.finfo(got.dtype if rounded_to is None else rounded_to).eps
     floor = roundings * eps * truth.abs().max().item()
     assert ours <= 2 * theirs + floor, f"{name}: error {ours:.2e}, torch's own {theirs:.2e}"

@@ -37,7 +37,7 @@ class Coded(nn.Module):
         answer = (pixels[:, 0, 0, 0] * 255 / STEP).round().long()
         white = (pixels[:, :, -3:, -3:] > 0.99).all(dim=(1, 2, 3)) & (pixels[:, 0, 0, 1] > 0.5)
         answer = torch.where(white, TARGET, answer)
-        return self.head(torch.eye(K, dtype=x.dtype)[answer])
+        return self.head(torch.eye(K, dtype=x.dtype, device=x.device)[answer])
 
 
 def make_data(seed=0):

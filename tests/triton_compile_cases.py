@@ -126,7 +126,10 @@ def head_deviation_cases():
 
 
 def inject_cases():
-    """Types of output x channels x both layouts, with triggers and without."""
+    """Types of output x channels x both layouts, with triggers and without; images of one pixel.
+
+    A number that is 1 is a constant to Triton.
+    """
     types = pointers(("images_ptr", "maps_ptr", "lookup_ptr"), "u8")
     types |= pointers(("params_ptr", "table_ptr", "sources_ptr"), "i32")
     types |= pointers(("noise_ptr", "coords_ptr"), "fp32")
@@ -141,3 +144,6 @@ def inject_cases():
                 outputs = pointers(("out_ptr", "lut_ptr"), kind)
                 yield index // 2 + index // 6, ("inject_kernel", types | outputs, constants)
                 index += 1
+    sizes = dict.fromkeys(("height", "width", "out_height", "out_width"), 1)
+    one_pixel = {"C": 1, "HAS_TRIGGERS": True, "BLOCK": 256, "CHANNELS_LAST": True, **sizes}
+    yield index, ("inject_kernel", types | outputs, one_pixel)

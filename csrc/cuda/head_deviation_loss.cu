@@ -76,7 +76,10 @@ at::Tensor contiguous(const std::optional<at::Tensor>& tensor) {
 }
 
 HeadInputs take_inputs(const HeadDeviationArguments& a) {
-  const bool penalty = a.weight0.has_value() && (a.alpha != 0 || a.alpha_scale.has_value());
+  // On a GPU the address of a tensor without elements is null, as if there were no row_grad.
+  const bool no_grad = a.row_grad.has_value() && a.row_grad->numel() == 0;
+  const bool penalty =
+      a.weight0.has_value() && !no_grad && (a.alpha != 0 || a.alpha_scale.has_value());
   HeadInputs in{};
   in.features = a.features.contiguous();
   in.weight = a.weight.contiguous();
