@@ -145,12 +145,10 @@ def _plan(
 
 
 def _attacked(preset: Preset) -> list[tuple[str, float | None]]:
-    """Attacks at their rates, and the model without any."""
+    """The model without any attack, then each attack, rate by rate: a part tells of all attacks."""
     attacks = [name for name in dict.fromkeys(preset.attacks) if name != CLEAN]
-    return [
-        *((name, rate) for name in attacks for rate in dict.fromkeys(preset.rates)),
-        (CLEAN, None),
-    ]
+    rated = ((name, rate) for rate in dict.fromkeys(preset.rates) for name in attacks)
+    return [(CLEAN, None), *rated]
 
 
 def tell(line: str) -> None:

@@ -82,8 +82,11 @@ def test_a_record_holds_time_and_result(capsys, small, monkeypatch):
     assert case["family"] == "digits"
     assert case["made"]["attack"]["trigger"]["name"] == "BadNets"
     assert [row["variant"] for row in case["variants"]] == list(end2end.VARIANTS)
-    floors = {row["variant"]: row["floor_us"] for row in case["variants"]}
-    assert floors["purify (alpha auto)"] > 2 * floors["plain"] > 0
+    flops = {
+        row["variant"]: row["floor_us"] * RATES[f"{row['how']['precision']}_gflop_per_s"]
+        for row in case["variants"]
+    }
+    assert flops["purify (alpha auto)"] > 2 * flops["plain"] > 0
     for row in case["variants"]:
         assert row["p50_us"] == pytest.approx(row["tune_us"] + row["evaluate_us"])
         assert len(row["clean_accuracy"]["values"]) == 2

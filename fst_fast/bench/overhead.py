@@ -13,13 +13,16 @@ from torch.nn import functional as F
 
 from fst_fast.inputs import autocast
 from fst_fast.profiling import STEPS, StepProfile
+from fst_fast.purify import purify
 
-from .ladder import Rung
+from .ladder import ALPHA, LR, Rung
 from .loop_cases import Inputs, LoopCase
-from .timing import percentile
+from .timing import EventTimer, capture, percentile
 
-# The first checks every image, and is left out.
+# The first checks every image, or records, and is left out.
 EPOCHS = 3
+# Blocks of them, on a GPU.
+REPLAYS = 20
 
 
 class PairedSteps:
@@ -65,10 +68,10 @@ class PairedSteps:
 
 def overhead(
     rung: Rung, inputs: Inputs, case: LoopCase, how: Mapping[str, Any]
-) -> dict[str, float] | None:
-    """Of a step on the CPU, by medians over steps in turn with bare passes; None on a GPU."""
+) -> dict[str, float]:
+    """Of a step, beside its forward and backward pass."""
     if inputs.device.type != "cpu":
-        return None
+        return _replayed(inputs, case, how)
     found: list[PairedSteps] = []
 
     def around(loader: Any) -> PairedSteps:
@@ -81,6 +84,53 @@ def overhead(
         for epochs in (found[0].steps, found[0].bare)
     )
     return {"step_us": step, "forward_backward_us": bare, "share": (step - bare) / step}
+
+
+def _replayed(inputs: Inputs, case: LoopCase, how: Mapping[str, Any]) -> dict[str, float]:
+    """Of purify's steps behind its first epoch, and of a graph of the pass and SGD alone."""
+    loader = inputs.device_loader(True)
+    bare = {size: _bare_graph(inputs, size, how) for size in dict.fromkeys(loader.batch_sizes())}
+    result = purify(
+        inputs.model_copy(),
+        loader,
+        alpha=ALPHA,
+        lr=LR,
+        epochs=max(EPOCHS, case.epochs),
+        device=inputs.device,
+        progress=False,
+        precision=how["precision"],
+        channels_last=how["channels_last"],
+        inplace=True,
+    )
+    first, *_, last = result.history
+    step = (last.seconds - first.seconds) / (len(result.history) - 1) / len(loader)
+    expected = sum(bare[size] for size in loader.batch_sizes()) / len(loader)
+    return {
+        "step_us": 1e6 * step,
+        "forward_backward_us": 1e6 * expected,
+        "share": (step - expected) / step,
+    }
+
+
+def _bare_graph(inputs: Inputs, size: int, how: Mapping[str, Any]) -> float:
+    """Seconds of a replay: forward, cross-entropy, backward and fused SGD on one batch."""
+    layout = torch.channels_last if how["channels_last"] else torch.contiguous_format
+    model = copy.deepcopy(inputs.model).to(inputs.device).train().to(memory_format=layout)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=torch.tensor(LR, device=inputs.device), momentum=0.9, fused=True
+    )
+    images, labels = next(iter(inputs.device_loader(True)))
+    images, labels = images[:size].contiguous(memory_format=layout), labels[:size]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(inputs.device, how["precision"]):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    timer = EventTimer([capture([step]).replay])
+    return percentile([timer.block()[0][0] for _ in range(REPLAYS)], 0.5)
 
 
 def shares(

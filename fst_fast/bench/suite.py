@@ -93,7 +93,7 @@ def time_in_turn(
         if variant.graph:
             timers[variant.name] = timing.GraphTimer(calls)
         elif settings.device.type == "cuda":
-            timers[variant.name] = timing.EventTimer(calls)
+            timers[variant.name] = timing.EventTimer(calls, expected)
         else:
             timers[variant.name] = timing.HostTimer(calls, expected)
     return timing.interleave(timers, settings.seconds) if timers else {}
