@@ -75,11 +75,19 @@ def purify_many(
         )
     generators = [(g, g.get_state()) for g in generators_of(loader)]
     outcomes: list[Outcome] = []
+    # Of networks built by one name, as the first run found it.
+    head: str | None = None
     for model, wanted in zip(models, own, strict=True):
         for generator, state in generators:
             generator.set_state(state)
+        alike = isinstance(arch, str) and not isinstance(model, nn.Module)
+        looks = alike and wanted.get("head") is None
+        if looks:
+            wanted["head"] = head
         outcomes.append(_purify_one(model, loader, arch, num_classes, wanted))
         result = outcomes[-1].result
+        if looks and result is not None:
+            head = str(result.settings["head"])
         if result is not None and (result.stopped or "").startswith("interrupted"):
             left = len(models) - len(outcomes)
             return outcomes + [Outcome(None, "interrupted before it was begun")] * left

@@ -1,5 +1,6 @@
 """purify_many: each model as purify alone would do it, and one that fails harms no other."""
 
+import importlib
 import signal
 
 import pytest
@@ -8,6 +9,7 @@ from purify_cases import equal_states, make_batches, make_model, quick
 from torch.utils.data import DataLoader, TensorDataset
 
 import fst_fast
+from fst_fast.lab.models import resnet8
 
 QUICK = {"epochs": 2, "progress": False, "device": "cpu", "precision": "fp32"}
 
@@ -121,3 +123,27 @@ def test_wrong_arguments_are_told(given, settings, text):
 def test_a_one_shot_iterator_is_refused():
     with pytest.raises(ValueError, match="iterable once for each model, got a one-shot"):
         fst_fast.purify_many(models(2), iter(make_batches()), **QUICK)
+
+
+def test_networks_of_one_name_are_searched_once_for_their_head(tmp_path, monkeypatch):
+    asked = []
+    module = importlib.import_module("fst_fast.purify")
+    real = module.find_head
+
+    def watched(model, head=None, example=None):
+        asked.append(head)
+        return real(model, head=head, example=example)
+
+    monkeypatch.setattr(module, "find_head", watched)
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.pt")
+        torch.save(resnet8(4).state_dict(), paths[-1])
+    found = fst_fast.purify_many(
+        paths, make_batches(), arch="fst_fast.lab.models:resnet8", num_classes=4, alpha=0.1, **QUICK
+    )
+    assert [outcome.error for outcome in found] == [None] * 3
+    assert asked == [None, "head", "head"]
+    # Modules of their own may differ in anything.
+    fst_fast.purify_many(models(2), make_batches(), alpha=0.1, **QUICK)
+    assert asked[3:] == [None, None]

@@ -123,6 +123,20 @@ def test_before_is_measured_once_per_checkpoint(tmp_path, monkeypatch):
     assert len(measured) == 2 + 8
 
 
+def test_networks_of_one_name_are_searched_once_for_their_head(tmp_path, monkeypatch):
+    heads = []
+
+    def watched(model, *more, head, **settings):
+        heads.append(head)
+        return fst_fast.purify(model, *more, head=head, **settings)
+
+    monkeypatch.setattr(cells, "purify", watched)
+    assert sweep(write_sweep(tmp_path / "a", 2, seeds=[0, 1])) == 0
+    assert heads[0] is None
+    assert set(heads[1:]) == {"head"}
+    assert len(heads) == 8
+
+
 def test_ctrl_c_ends_the_sweep_and_the_cell_goes_on(tmp_path, monkeypatch, capsys):
     config = write_sweep(tmp_path / "a", 1, methods=["ft"], alphas=None, epochs=3)
     real = fst_fast.purify

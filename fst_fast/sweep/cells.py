@@ -50,6 +50,9 @@ class Worker:
         test = material.test
         self._judged = self._loader(material.tuning if test is None else test, shuffle=False)
         self._measured_on = "tuning images" if test is None else "test images"
+        # Of each kind of network, as its first run found it: to look for it takes a tenth of a
+        # second or more.
+        self._heads: dict[str, str] = {}
 
     def _loader(self, images: ImageSet, **more: Any) -> DeviceLoader:
         return DeviceLoader(
@@ -111,6 +114,7 @@ class Worker:
             suspect.path, suspect.arch, suspect.num_classes, **suspect.arch_options
         )
         before = self._before(suspect, model)
+        kind = repr((suspect.arch, suspect.num_classes, suspect.arch_options))
         result = purify(
             model,
             self._seeded(cell.seed),
@@ -118,7 +122,7 @@ class Worker:
             epochs=config.epochs,
             lr=config.lr,
             momentum=config.momentum,
-            head=suspect.head,
+            head=suspect.head or self._heads.get(kind),
             device=self.device,
             precision=computed["precision"],
             channels_last=True,
@@ -129,6 +133,8 @@ class Worker:
             callbacks=[lambda record, model: on_epoch(record)],
             inplace=True,
         )
+        if suspect.head is None:
+            self._heads[kind] = str(result.settings["head"])
         if result.stopped is not None and result.stopped.startswith("interrupted"):
             raise KeyboardInterrupt
         after = self._measure(suspect, result.model)
