@@ -94,7 +94,13 @@ def assert_as_reference(got, batch, row_grad=None, weight_scale=None, alpha_scal
             assert_same_bits(*close, name=name)
 
 
-PATHS = {"few": {}, "many": {"few_products": -1}, "many-chunked": {"few_products": -1}}
+# On five blocks there is no cluster, whose kernel is another.
+PATHS = {
+    "few": {},
+    "cluster": {"resident": 16},
+    "many": {"few_products": -1},
+    "many-chunked": {"few_products": -1},
+}
 PATHS["many-chunked"] |= {"logits_bytes": 1, "chunk_rows": 4}
 each_path = pytest.mark.parametrize("path", PATHS)
 # B, D, K: one of everything, one tile, odd everything, packs, more classes than threads.
@@ -113,13 +119,14 @@ def test_dtypes(ops, path, dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("resident", [1, 3])
 def test_shapes(ops, path, shape, resident):
-    ops.limit(resident, **PATHS[path])
+    ops.limit(**{"resident": resident, **PATHS[path]})
     batch = Batch(shape, "float64")
     assert_as_reference(call(ops, batch), batch)
 
 
-def test_more_rows_than_are_staged(ops):
-    ops.limit(2)
+@pytest.mark.parametrize("path", ["few", "cluster"])
+def test_more_rows_than_are_staged(ops, path):
+    ops.limit(**{"resident": 2, **PATHS[path]})
     batch = Batch((140, 20, 90), "float64")
     assert_as_reference(call(ops, batch), batch)
 
@@ -233,11 +240,12 @@ def test_extreme_logits(ops, path):
         assert_as_reference(call(ops, one), one)
 
 
-def test_same_bits_whatever_the_order(library):
+@pytest.mark.parametrize("resident", [4, 16])
+def test_same_bits_whatever_the_order(library, resident):
     batch = Batch((21, 40, 19))
     results = []
     for descending in (False, True):
-        library.set_limits(descending, 4, 0, 0, 0)
+        library.set_limits(descending, resident, 0, 0, 0)
         results.append(call(library, batch))
     for name in NAMES:
         assert_same_bits(results[0][name], results[1][name], name=name)

@@ -52,6 +52,27 @@ __device__ inline value_t warp_sum(value_t value) {
   return value;
 }
 
+// Of kCount sums over the warp, each added in a fixed order, a lane gets that of the value number
+// lane / (kWarp / kCount).
+template <int kCount, typename value_t>
+__device__ inline value_t warp_sums(value_t (&values)[kCount]) {
+  int offset = kWarp / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const value_t sent = upper ? values[i] : values[i + half];
+      const value_t kept = upper ? values[i + half] : values[i];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, sent, offset);
+    }
+    offset /= 2;
+  }
+#pragma unroll
+  for (; offset > 0; offset /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], offset);
+  return values[0];
+}
+
 __device__ inline int64_t warp_min(int64_t value) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {

@@ -28,9 +28,11 @@ struct HeadOutputs {
 
 // Where the choice between the kernels lies. Variables, so that tests reach all with small heads.
 struct HeadLimits {
-  int64_t few_classes = 256;        // at most 256
-  int64_t few_rows = 1024;          // of a head of few classes: every block reads all labels
-  int64_t few_products = 1 << 24;   // B * D * K, above which cuBLAS wins
+  int64_t few_classes = 256;       // at most 256
+  int64_t few_rows = 1024;         // of a head of few classes: every block reads all labels
+  int64_t few_products = 1 << 24;  // B * D * K, above which cuBLAS wins
+  // B * D * K, above which more multiprocessors win over a cluster's faster barrier.
+  int64_t cluster_products = 1 << 21;
   int64_t logits_bytes = 64 << 20;  // memory for logits, even where it is over a quarter of them
   int64_t chunk_rows = 128;         // a chunk of rows is a multiple of this
 };

@@ -34,40 +34,60 @@ SmallHead<scalar_t, weight_t> small_head(const HeadInputs& in, const HeadOutputs
   return head;
 }
 
-template <typename scalar_t, typename weight_t, int kVector>
+template <typename Shape, typename scalar_t, typename weight_t, int kVector>
 void launch_small(SmallHead<scalar_t, weight_t> head, const HeadInputs& in) {
   using compute_t = compute_of<scalar_t>;
-  constexpr size_t kShared = sizeof(SmallShared<compute_t>);
+  constexpr size_t kShared = sizeof(SmallShared<Shape, compute_t>);
   static_assert(kShared <= 48 * 1024, "more needs cudaFuncSetAttribute");
   static Residency residency;
-  const auto kernel = head_deviation_small_kernel<scalar_t, weight_t, kVector>;
-  const int64_t tiles = (in.B + kRows - 1) / kRows;
-  const int64_t slices = (in.D + kColumns - 1) / kColumns;
-  const int64_t resident =
-      resident_blocks(kernel, kSmallThreads, kShared, in.features.get_device(), residency);
-  const int64_t blocks = std::min(std::max(tiles, slices), resident);
+  const auto kernel = head_deviation_small_kernel<Shape, scalar_t, weight_t, kVector>;
+  const auto device = in.features.get_device();
+  int64_t blocks = kClusterBlocks;
+  if constexpr (!Shape::kCluster) {
+    const int64_t tiles = (in.B + Shape::kRows - 1) / Shape::kRows;
+    const int64_t slices = (in.D + Shape::kColumns - 1) / Shape::kColumns;
+    const int64_t resident = resident_blocks(kernel, Shape::kThreads, kShared, device, residency);
+    blocks = std::min(std::max(tiles, slices), resident);
+  } else if (!cluster_fits(kernel, kClusterBlocks, Shape::kThreads, kShared, device, residency)) {
+    return launch_small<GridShape, scalar_t, weight_t, kVector>(head, in);
+  }
 
   // One allocation: on the host each takes as long as it does to launch.
-  const int64_t parts = blocks * kRows * static_cast<int64_t>(sizeof(RowPart));
-  const int64_t overlaps = blocks * static_cast<int64_t>(sizeof(double));
+  const int64_t parts = blocks * static_cast<int64_t>(sizeof(SmallPart));
   const int64_t d_logits = in.B * in.K * static_cast<int64_t>(sizeof(compute_t));
-  const auto scratch =
-      at::empty({parts + overlaps + d_logits}, in.labels.options().dtype(at::kByte));
+  const auto scratch = at::empty({parts + d_logits}, in.labels.options().dtype(at::kByte));
   auto* memory = static_cast<unsigned char*>(scratch.mutable_data_ptr());
-  head.row_parts = reinterpret_cast<RowPart*>(memory);
-  head.overlaps = reinterpret_cast<double*>(memory + parts);
-  head.d_logits = reinterpret_cast<compute_t*>(memory + parts + overlaps);
-  launch_together(kernel, blocks, kSmallThreads, kShared, head);
+  head.parts = reinterpret_cast<SmallPart*>(memory);
+  head.d_logits = reinterpret_cast<compute_t*>(memory + parts);
+  if constexpr (Shape::kCluster) {
+    launch_cluster(kernel, kClusterBlocks, Shape::kThreads, kShared, head);
+  } else {
+    launch_together(kernel, blocks, Shape::kThreads, kShared, head);
+  }
+}
+
+template <typename scalar_t, typename weight_t, int kVector>
+void choose_small(const SmallHead<scalar_t, weight_t>& head, const HeadInputs& in) {
+  // One tile of rows and one slice of columns for each block.
+  const bool cluster = in.B <= kClusterBlocks * ClusterShape::kRows &&
+                       in.D <= kClusterBlocks * ClusterShape::kColumns &&
+                       in.K <= ClusterShape::kClasses &&
+                       in.B * in.D * in.K <= head_limits.cluster_products;
+  if (cluster) {
+    launch_small<ClusterShape, scalar_t, weight_t, kVector>(head, in);
+  } else {
+    launch_small<GridShape, scalar_t, weight_t, kVector>(head, in);
+  }
 }
 
 template <typename scalar_t, typename weight_t>
 void few_classes(const HeadInputs& in, const HeadOutputs& out) {
   constexpr int kVector = 16 / sizeof(scalar_t);
   const auto head = small_head<scalar_t, weight_t>(in, out);
-  if (packs_fit({in.features, in.weight, in.weight0, out.d_features}, kVector)) {
-    launch_small<scalar_t, weight_t, kVector>(head, in);
+  if (packs_fit({in.features, in.weight, in.weight0, out.d_features, out.d_weight}, kVector)) {
+    choose_small<scalar_t, weight_t, kVector>(head, in);
   } else {
-    launch_small<scalar_t, weight_t, 1>(head, in);
+    choose_small<scalar_t, weight_t, 1>(head, in);
   }
 }
 
@@ -145,7 +165,7 @@ HeadDeviationResult head_deviation_loss_cuda(
 
   const HeadInputs in = take_inputs(arguments);
   const HeadOutputs out = make_outputs(in);
-  const bool few = in.K <= std::min<int64_t>(head_limits.few_classes, kSmallClasses) &&
+  const bool few = in.K <= std::min<int64_t>(head_limits.few_classes, GridShape::kClasses) &&
                    in.B <= head_limits.few_rows && in.B * in.D * in.K <= head_limits.few_products;
   few ? head_of_few_classes(in, out) : head_of_many_classes(in, out);
   return {out.loss,    out.cross_entropy, out.penalty,  out.correct,

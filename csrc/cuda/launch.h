@@ -35,6 +35,31 @@ void launch_together(void (*kernel)(Arguments), int64_t blocks, int threads, siz
       pointers, shared_bytes, c10::cuda::getCurrentCUDAStream()));
 }
 
+// attribute: where the returned configuration points to.
+inline cudaLaunchConfig_t cluster_config(int blocks, int threads, size_t shared_bytes,
+                                         cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
+
+// All blocks are one cluster, the kernel's only one: see cluster_fits.
+template <typename Arguments>
+void launch_cluster(void (*kernel)(Arguments), int blocks, int threads, size_t shared_bytes,
+                    const Arguments& arguments) {
+  cudaLaunchAttribute attribute;
+  const auto config = cluster_config(blocks, threads, shared_bytes, attribute);
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments));
+}
+
 // One for each kernel: asking the driver takes longer than a small head.
 using Residency = std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS>;
 
@@ -54,6 +79,29 @@ int resident_blocks(void (*kernel)(Arguments), int threads, size_t shared_bytes,
     known[device] = blocks;
   }
   return blocks;
+}
+
+// Whether the device can run a cluster of so many blocks, more than all that have clusters can.
+template <typename Arguments>
+bool cluster_fits(void (*kernel)(Arguments), int blocks, int threads, size_t shared_bytes,
+                  int device, Residency& known) {
+  constexpr int kNo = -1;
+  int clusters = known.at(device);
+  if (clusters == 0) {
+    int able = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&able, cudaDevAttrClusterLaunch, device));
+    cudaLaunchAttribute attribute;
+    const auto config = cluster_config(blocks, threads, shared_bytes, attribute);
+    const bool fits =
+        able != 0 &&
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+    // A refusal above is an answer: no later call shall report it.
+    if (!fits) cudaGetLastError();
+    known[device] = clusters = fits ? clusters : kNo;
+  }
+  return clusters != kNo;
 }
 
 // out = a b, or out += a b. A float32 out of bfloat16 or float16 factors is never rounded to them.

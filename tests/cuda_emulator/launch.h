@@ -27,11 +27,23 @@ void launch_together(void (*kernel)(Arguments), int64_t blocks, int threads, siz
   emulator::run(kernel, blocks, threads, shared_bytes, arguments, true);
 }
 
+// In a launch that is one cluster, its barrier is the grid's.
+template <typename Arguments>
+void launch_cluster(void (*kernel)(Arguments), int blocks, int threads, size_t shared_bytes,
+                    const Arguments& arguments) {
+  emulator::run(kernel, blocks, threads, shared_bytes, arguments, true);
+}
+
 struct Residency {};
 
 template <typename Arguments>
 int resident_blocks(void (*)(Arguments), int, size_t, int, Residency&) {
   return emulator::resident;
+}
+
+template <typename Arguments>
+bool cluster_fits(void (*)(Arguments), int blocks, int, size_t, int, Residency&) {
+  return blocks <= emulator::resident;
 }
 
 // PyTorch has products that widen on CUDA only.
