@@ -22,10 +22,10 @@ _LOADER = "fst_fast: next batch"
 GROUPS = {
     "loader": re.compile(rf"{_LOADER}|DataLoader|inject", re.I),
     "optimizer": re.compile(r"Optimizer\.|sgd|head_step|multi_tensor_apply"),
-    "convolutions": re.compile(r"conv|wgrad|dgrad|winograd|nchwToNhwc|nhwcToNchw", re.I),
+    "convolutions": re.compile(r"conv|fprop|wgrad|dgrad|gemm|winograd|nchwToNhwc|nhwcToNchw", re.I),
     "batch norm": re.compile(r"batch_?norm|bn_(fw|bw)", re.I),
     "head": re.compile(
-        r"head_deviation|addmm|AddmmBackward|linear|gemm|log_softmax|LogSoftmax|nll_loss|NllLoss",
+        r"head_deviation|addmm|AddmmBackward|linear|log_softmax|LogSoftmax|nll_loss|NllLoss",
         re.I,
     ),
     "activations": re.compile(r"relu|threshold|clamp_min", re.I),

@@ -118,7 +118,7 @@ def test_with_images_of_the_target_alone_the_attack_is_not_measured():
 
 def test_each_image_is_classified_once_clean_and_once_triggered():
     model = Coded()
-    evaluate(model, loader_of(normalize=None), BadNets(), TARGET)
+    evaluate(model, loader_of(normalize=None), BadNets(), TARGET, device="cpu")
     probe, *passes = model.seen  # the first call tries the layout on two images
     assert len(probe) == 2
     sizes = [10, 10, 10, 10, 10, 7]
@@ -144,7 +144,8 @@ shown = []
 def test_the_trigger_gets_the_stored_bytes_whatever_the_models_dtype(dtype):
     shown.clear()
     normalize = ([0.1, 0.2, 0.05], [0.15, 0.2, 0.1])  # large values, where bfloat16 is coarse
-    evaluate(Coded(normalize).to(dtype), loader_of(normalize=normalize), Recording(), TARGET)
+    model, loader = Coded(normalize).to(dtype), loader_of(normalize=normalize)
+    evaluate(model, loader, Recording(), TARGET, device="cpu")
     assert_same_bits(torch.cat(shown), IMAGES, name="bytes")
 
 
@@ -225,9 +226,9 @@ def test_the_model_is_left_as_it_was(fails):
     if fails:
         batches = [*loader_of(normalize=None), (torch.zeros(2, 3, 8, 8), None)]
         with pytest.raises(ValueError, match="loader must yield labels"):
-            evaluate(model, batches, BadNets(), TARGET)
+            evaluate(model, batches, BadNets(), TARGET, device="cpu")
     else:
-        evaluate(model, loader_of(normalize=None), BadNets(), TARGET)
+        evaluate(model, loader_of(normalize=None), BadNets(), TARGET, device="cpu")
     state, *rest = snapshot(model)
     assert rest == list(before[1:])
     assert all(torch.equal(state[name], before[0][name]) for name in state)
@@ -244,7 +245,7 @@ def test_what_a_model_caches_while_evaluated_serves_in_training():
             return super().forward(x) * self.cached
 
     model = Caching()
-    evaluate(model, loader_of(normalize=None))
+    evaluate(model, loader_of(normalize=None), device="cpu")
     model(next(iter(loader_of(normalize=None)))[0]).sum().backward()
     assert model.head.weight.grad is not None
 

@@ -168,7 +168,7 @@ def make(
     wanted = test_images or (plan.test_images if device.type == "cpu" else None)
     if wanted is not None and wanted < len(test):
         test = test.split(wanted, seed=SEED)[0]
-    return Job(plan, model, clean, test, normalize)
+    return Job(plan, model.to(device), clean, test, normalize)
 
 
 def _trained(
