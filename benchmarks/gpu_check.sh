@@ -5,6 +5,7 @@
 #   DATA    a folder with CIFAR-10 as train.npz and test.npz: end2end and the efficacy of the methods
 #           are of a ResNet-18 on it, else of a small network on handwritten digits
 #   BUDGET  seconds for everything; what does not fit is left for the next call
+#   PARTS   names of parts, as the summary has them, apart by spaces: no others are run
 # A part that has succeeded in OUT is not run again; REDO=1 runs all. Exit status: 0 where every part
 # has succeeded or cannot be run here, else 1. OUT/summary.txt says which.
 set -uo pipefail
@@ -14,14 +15,21 @@ python=${PYTHON:-python3}
 budget=${BUDGET:-1440}
 [ "${REDO:-0}" = 1 ] && rm -rf "$out/parts"
 mkdir -p "$out/parts" || exit 1
+known=()
 names=()
 failed=0
 # What the rung "purify (deterministic)" needs; as large as PyTorch's own workspace.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
+wanted() { # wanted NAME
+  known+=("$1")
+  case " ${PARTS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac
+}
+
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 status before=$SECONDS
   shift 2
+  wanted "$name" || return
   names+=("$name")
   if grep -qs '^0 ' "$out/parts/$name"; then
     echo "$name: done before"
@@ -41,6 +49,7 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 left_out() { # left_out NAME REASON
+  wanted "$1" || return
   names+=("$1")
   echo "left out: $2" >"$out/parts/$1"
   echo "$1: left out, $2"
@@ -85,6 +94,11 @@ else
   left_out efficacy "needs scikit-learn, or DATA"
 fi
 
+for name in ${PARTS:-}; do
+  case " ${known[*]} " in *" $name "*) continue ;; esac
+  echo "PARTS must name parts among ${known[*]}, got $name" >&2
+  failed=1
+done
 for name in "${names[@]}"; do
   echo "$name: $(sed -E 's/^([0-9]+) /exit status \1, /; s/^- 0 /not run, /' "$out/parts/$name")"
 done >"$out/summary.txt"

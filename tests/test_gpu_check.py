@@ -111,6 +111,16 @@ def test_the_order_of_the_parts(call):
     ]
 
 
+def test_parts_can_be_chosen(call):
+    status, summary, called = call(PARTS="bench-loop tests")
+    assert status == 0
+    assert [line.partition(":")[0] for line in summary] == ["tests", "bench-loop"]
+    assert len(called) == 2
+    assert call(PARTS="bench-lop")[::2] == (1, [])
+    # What was done stays done.
+    assert len(call(PARTS="bench-loop bench-head")[2]) == 1
+
+
 def test_the_whole_has_a_limit(call):
     status, summary, called = call(HANG="fst_fast info", BUDGET="2")
     assert status == 1
