@@ -124,11 +124,27 @@ def test_shapes(ops, path, shape, resident):
     assert_as_reference(call(ops, batch), batch)
 
 
-@pytest.mark.parametrize("path", ["few", "cluster"])
-def test_more_rows_than_are_staged(ops, path):
-    ops.limit(**{"resident": 2, **PATHS[path]})
-    batch = Batch((140, 20, 90), "float64")
+@pytest.mark.parametrize(
+    ("resident", "shape"), [(2, (140, 20, 90)), (16, (128, 20, 64))], ids=["few", "cluster"]
+)
+def test_more_rows_than_are_staged(ops, resident, shape):
+    ops.limit(resident)
+    batch = Batch(shape, "float64")
     assert_as_reference(call(ops, batch), batch)
+
+
+@pytest.mark.parametrize("path", ["few", "cluster"])
+def test_small_gradients_beside_a_large_push(ops, path):
+    ops.limit(**PATHS[path])
+    batch = Batch((96, 16, 64))
+    batch.labels[:] = 0
+    with torch.no_grad():
+        # Each row's part of d_weight is less than a rounding of alpha * weight0, all are many.
+        batch.weight0[:] = 250
+        batch.features[:] = 3e-4
+    truth, eager = (b.grads(b.eager(), None)["weight"] for b in (batch.double(), batch))
+    got = call(ops, batch)["d_weight"]
+    assert_no_worse_than_torch(got, eager, truth, name="d_weight")
 
 
 def test_many_classes(ops):

@@ -82,15 +82,15 @@ __device__ inline int64_t warp_min(int64_t value) {
   return value;
 }
 
-// Every thread gets the sum over the block, added in a fixed order. warp_sums: one per warp.
-__device__ inline double block_sum(double value, double* warp_sums) {
+// Every thread gets the sum over the block, added in a fixed order. parts: one per warp.
+__device__ inline double block_sum(double value, double* parts) {
   value = warp_sum(value);
-  // A thread may still be reading what an earlier call left in warp_sums.
+  // A thread may still be reading what an earlier call left in parts.
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
   __syncthreads();
   double sum = 0;
-  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += warp_sums[warp];
+  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) sum += parts[warp];
   return sum;
 }
 

@@ -34,50 +34,47 @@ SmallHead<scalar_t, weight_t> small_head(const HeadInputs& in, const HeadOutputs
   return head;
 }
 
-template <typename Shape, typename scalar_t, typename weight_t, int kVector>
-void launch_small(SmallHead<scalar_t, weight_t> head, const HeadInputs& in) {
-  using compute_t = compute_of<scalar_t>;
-  constexpr size_t kShared = sizeof(SmallShared<Shape, compute_t>);
-  static_assert(kShared <= 48 * 1024, "more needs cudaFuncSetAttribute");
-  static Residency residency;
-  const auto kernel = head_deviation_small_kernel<Shape, scalar_t, weight_t, kVector>;
-  const auto device = in.features.get_device();
-  int64_t blocks = kClusterBlocks;
-  if constexpr (!Shape::kCluster) {
-    const int64_t tiles = (in.B + Shape::kRows - 1) / Shape::kRows;
-    const int64_t slices = (in.D + Shape::kColumns - 1) / Shape::kColumns;
-    const int64_t resident = resident_blocks(kernel, Shape::kThreads, kShared, device, residency);
-    blocks = std::min(std::max(tiles, slices), resident);
-  } else if (!cluster_fits(kernel, kClusterBlocks, Shape::kThreads, kShared, device, residency)) {
-    return launch_small<GridShape, scalar_t, weight_t, kVector>(head, in);
-  }
+template <typename Shape, typename scalar_t>
+constexpr size_t kSmallBytes = sizeof(SmallShared<Shape, compute_of<scalar_t>>);
 
-  // One allocation: on the host each takes as long as it does to launch.
+// Makes the room that the kernel needs beside its arguments. One allocation: on the host each takes
+// as long as it does to launch.
+template <typename scalar_t, typename weight_t>
+at::Tensor make_scratch(SmallHead<scalar_t, weight_t>& head, const HeadInputs& in, int64_t blocks) {
+  using compute_t = compute_of<scalar_t>;
   const int64_t parts = blocks * static_cast<int64_t>(sizeof(SmallPart));
   const int64_t d_logits = in.B * in.K * static_cast<int64_t>(sizeof(compute_t));
   const auto scratch = at::empty({parts + d_logits}, in.labels.options().dtype(at::kByte));
   auto* memory = static_cast<unsigned char*>(scratch.mutable_data_ptr());
   head.parts = reinterpret_cast<SmallPart*>(memory);
   head.d_logits = reinterpret_cast<compute_t*>(memory + parts);
-  if constexpr (Shape::kCluster) {
-    launch_cluster(kernel, kClusterBlocks, Shape::kThreads, kShared, head);
-  } else {
-    launch_together(kernel, blocks, Shape::kThreads, kShared, head);
-  }
+  return scratch;
 }
 
 template <typename scalar_t, typename weight_t, int kVector>
-void choose_small(const SmallHead<scalar_t, weight_t>& head, const HeadInputs& in) {
+void launch_small(SmallHead<scalar_t, weight_t> head, const HeadInputs& in) {
+  constexpr size_t kCluster = kSmallBytes<ClusterShape, scalar_t>;
+  constexpr size_t kGrid = kSmallBytes<GridShape, scalar_t>;
+  static_assert(std::max(kCluster, kGrid) <= 48 * 1024, "more needs cudaFuncSetAttribute");
+  static Residency clusters, residency;
+  const auto device = in.features.get_device();
+  const auto cluster = head_deviation_small_kernel<ClusterShape, scalar_t, weight_t, kVector>;
   // One tile of rows and one slice of columns for each block.
-  const bool cluster = in.B <= kClusterBlocks * ClusterShape::kRows &&
-                       in.D <= kClusterBlocks * ClusterShape::kColumns &&
-                       in.K <= ClusterShape::kClasses &&
-                       in.B * in.D * in.K <= head_limits.cluster_products;
-  if (cluster) {
-    launch_small<ClusterShape, scalar_t, weight_t, kVector>(head, in);
-  } else {
-    launch_small<GridShape, scalar_t, weight_t, kVector>(head, in);
+  if (in.B <= kClusterBlocks * ClusterShape::kRows &&
+      in.D <= kClusterBlocks * ClusterShape::kColumns && in.K <= ClusterShape::kClasses &&
+      in.B * in.D * in.K <= head_limits.cluster_products &&
+      cluster_fits(cluster, kClusterBlocks, ClusterShape::kThreads, kCluster, device, clusters)) {
+    const auto scratch = make_scratch(head, in, kClusterBlocks);
+    launch_cluster(cluster, kClusterBlocks, ClusterShape::kThreads, kCluster, head);
+    return;
   }
+  const auto grid = head_deviation_small_kernel<GridShape, scalar_t, weight_t, kVector>;
+  const int64_t tiles = (in.B + GridShape::kRows - 1) / GridShape::kRows;
+  const int64_t slices = (in.D + GridShape::kColumns - 1) / GridShape::kColumns;
+  const int64_t resident = resident_blocks(grid, GridShape::kThreads, kGrid, device, residency);
+  const int64_t blocks = std::min(std::max(tiles, slices), resident);
+  const auto scratch = make_scratch(head, in, blocks);
+  launch_together(grid, blocks, GridShape::kThreads, kGrid, head);
 }
 
 template <typename scalar_t, typename weight_t>
@@ -85,9 +82,9 @@ void few_classes(const HeadInputs& in, const HeadOutputs& out) {
   constexpr int kVector = 16 / sizeof(scalar_t);
   const auto head = small_head<scalar_t, weight_t>(in, out);
   if (packs_fit({in.features, in.weight, in.weight0, out.d_features, out.d_weight}, kVector)) {
-    choose_small<scalar_t, weight_t, kVector>(head, in);
+    launch_small<scalar_t, weight_t, kVector>(head, in);
   } else {
-    choose_small<scalar_t, weight_t, 1>(head, in);
+    launch_small<scalar_t, weight_t, 1>(head, in);
   }
 }
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 512 / Shape::kThreads)
   const compute_t strength = head.alpha * scalars.alpha_scale;
   const compute_t share = strength * scalars.row_grad;
   for (int64_t slice = blockIdx.x; slice < slices; slice += gridDim.x) {
-    find_d_weight<Shape, kVector>(head, slice, slice == blockIdx.x, share, shared);
+    find_d_weight<Shape, kVector>(head, slice, share, shared);
   }
   if (sums) write_sums(head, part, strength, scalars.norm);
 }

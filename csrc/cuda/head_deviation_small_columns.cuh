@@ -36,19 +36,20 @@ __device__ void stage_features(const SmallHead<scalar_t, weight_t>& head, int64_
 template <typename Shape, typename compute_t>
 using ItemSums = compute_t[kItems<Shape>][kQuad + 1];
 
-// Begins with weight0, which share multiplies later: it travels while other things do.
+// weight0 at one thread's items, which travels while the rows are added.
+template <typename Shape, typename weight_t>
+using ItemOrigins = Pack<weight_t, kQuad>[kItems<Shape>];
+
 template <typename Shape, int kVector, typename scalar_t, typename weight_t>
-__device__ void begin_items(const SmallHead<scalar_t, weight_t>& head, int64_t slice, int items,
-                            int item0, ItemSums<Shape, compute_of<scalar_t>>& sums) {
+__device__ void load_origins(const SmallHead<scalar_t, weight_t>& head, int64_t slice, int items,
+                             int item0, ItemOrigins<Shape, weight_t>& origins) {
 #pragma unroll
   for (int j = 0; j < kItems<Shape>; ++j) {
     const int item = item0 + j * Shape::kThreads;
     if (item >= items) break;
     const int64_t d0 = slice * Shape::kColumns + item % kQuads<Shape> * kQuad;
-    const auto w0 =
-        load_quad<kVector>(head.weight0 + item / kQuads<Shape> * head.columns, d0, head.columns);
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c) sums[j][c] = static_cast<compute_of<scalar_t>>(w0.at[c]);
+    const weight_t* row = head.weight0 + item / kQuads<Shape> * head.columns;
+    origins[j] = load_quad<kVector>(row, d0, head.columns);
   }
 }
 
@@ -98,21 +99,29 @@ __device__ void join_splits(SmallShared<Shape, compute_t>& shared, int items, in
 
 template <typename Shape, int kVector, typename scalar_t, typename weight_t>
 __device__ void write_item(const SmallHead<scalar_t, weight_t>& head, int64_t slice, int item,
+                           compute_of<scalar_t> share, const Pack<weight_t, kQuad>& origin,
                            const compute_of<scalar_t>* sums) {
+  using compute_t = compute_of<scalar_t>;
   const int64_t k = item / kQuads<Shape>;
   const int64_t d0 = slice * Shape::kColumns + item % kQuads<Shape> * kQuad;
   if (head.d_weight != nullptr) {
     Pack<weight_t, kQuad> out;
 #pragma unroll
-    for (int c = 0; c < kQuad; ++c) out.at[c] = static_cast<weight_t>(sums[c]);
+    for (int c = 0; c < kQuad; ++c) {
+      compute_t value = sums[c];
+      // Last, so that small sums are not rounded away beside it.
+      if (head.weight0 != nullptr) value += share * static_cast<compute_t>(origin.at[c]);
+      out.at[c] = static_cast<weight_t>(value);
+    }
     store_quad<kVector>(head.d_weight + k * head.columns, d0, head.columns, out);
   }
   if (head.d_bias != nullptr && d0 == 0) head.d_bias[k] = static_cast<weight_t>(sums[kQuad]);
 }
 
-// One slice of columns of d_weight, plus share * weight0; with the first slice, d_bias.
+// One slice of columns of d_weight, plus share * weight0; with the first slice, d_bias. The rows of
+// this block's first slice have been staged.
 template <typename Shape, int kVector, typename scalar_t, typename weight_t>
-__device__ void find_d_weight(const SmallHead<scalar_t, weight_t>& head, int64_t slice, bool staged,
+__device__ void find_d_weight(const SmallHead<scalar_t, weight_t>& head, int64_t slice,
                               compute_of<scalar_t> share,
                               SmallShared<Shape, compute_of<scalar_t>>& shared) {
   const int classes = static_cast<int>(head.terms.classes);
@@ -121,14 +130,15 @@ __device__ void find_d_weight(const SmallHead<scalar_t, weight_t>& head, int64_t
   const int split = splits > 1 ? threadIdx.x / items : 0;
   const int item0 = splits > 1 ? threadIdx.x % items : threadIdx.x;
   const int tile_rows = shared.tile_rows(classes);
+  ItemOrigins<Shape, weight_t> origins = {};
+  if (head.weight0 != nullptr && split == 0) {
+    load_origins<Shape, kVector>(head, slice, items, item0, origins);
+  }
   ItemSums<Shape, compute_of<scalar_t>> sums = {};
-  const bool pushes = head.weight0 != nullptr && split == 0;
-  if (pushes) begin_items<Shape, kVector>(head, slice, items, item0, sums);
-  // Once even without rows.
-  for (int64_t first = 0; first == 0 || first < head.terms.rows; first += tile_rows) {
+  for (int64_t first = 0; first < head.terms.rows; first += tile_rows) {
     const int64_t left = head.terms.rows - first;
     const int count = static_cast<int>(left < tile_rows ? left : tile_rows);
-    if (!staged || first > 0) {
+    if (slice != blockIdx.x || first > 0) {
       stage_features<Shape, kVector>(head, slice, first, threadIdx.x, Shape::kThreads, shared);
     }
 #pragma unroll 4
@@ -136,13 +146,6 @@ __device__ void find_d_weight(const SmallHead<scalar_t, weight_t>& head, int64_t
       shared.d_logits[i] = head.d_logits[first * classes + i];
     }
     __syncthreads();
-    if (pushes && first == 0) {
-#pragma unroll
-      for (auto& item : sums) {
-#pragma unroll
-        for (int c = 0; c < kQuad; ++c) item[c] *= share;
-      }
-    }
     if (split < splits) add_rows(shared, classes, item0, split, splits, count, sums);
     __syncthreads();
   }
@@ -151,7 +154,8 @@ __device__ void find_d_weight(const SmallHead<scalar_t, weight_t>& head, int64_t
 #pragma unroll
   for (int j = 0; j < kItems<Shape>; ++j) {
     const int item = item0 + j * Shape::kThreads;
-    if (item < items) write_item<Shape, kVector>(head, slice, item, sums[j]);
+    if (item >= items) break;
+    write_item<Shape, kVector>(head, slice, item, share, origins[j], sums[j]);
   }
 }
 

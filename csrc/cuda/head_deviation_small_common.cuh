@@ -142,9 +142,10 @@ struct Meeting {
 
   __device__ void arrive() {
     if constexpr (Shape::kCluster) {
-// The host starts no cluster on a device that has none.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
       cooperative_groups::this_cluster().barrier_arrive();
+#else
+      __trap();  // not launched: see cluster_fits
 #endif
     } else {
       token = cooperative_groups::this_grid().barrier_arrive();
@@ -155,6 +156,8 @@ struct Meeting {
     if constexpr (Shape::kCluster) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
       cooperative_groups::this_cluster().barrier_wait();
+#else
+      __trap();
 #endif
     } else {
       cooperative_groups::this_grid().barrier_wait(static_cast<unsigned&&>(token));

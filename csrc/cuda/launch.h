@@ -81,7 +81,8 @@ int resident_blocks(void (*kernel)(Arguments), int threads, size_t shared_bytes,
   return blocks;
 }
 
-// Whether the device can run a cluster of so many blocks, more than all that have clusters can.
+// Whether the device can run a cluster of so many blocks, more than all that have clusters can, and
+// the kernel was compiled for one that can: older PTX has no such barrier, whatever it runs on.
 template <typename Arguments>
 bool cluster_fits(void (*kernel)(Arguments), int blocks, int threads, size_t shared_bytes,
                   int device, Residency& known) {
@@ -90,16 +91,23 @@ bool cluster_fits(void (*kernel)(Arguments), int blocks, int threads, size_t sha
   if (clusters == 0) {
     int able = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&able, cudaDevAttrClusterLaunch, device));
-    cudaLaunchAttribute attribute;
-    const auto config = cluster_config(blocks, threads, shared_bytes, attribute);
-    const bool fits =
-        able != 0 &&
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
-    // A refusal above is an answer: no later call shall report it.
-    if (!fits) cudaGetLastError();
-    known[device] = clusters = fits ? clusters : kNo;
+    cudaFuncAttributes compiled{};
+    C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
+    if (able == 0 || compiled.ptxVersion < 90) {
+      clusters = kNo;
+    } else {
+      cudaLaunchAttribute attribute;
+      const auto config = cluster_config(blocks, threads, shared_bytes, attribute);
+      auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+      if (error != cudaSuccess) {
+        cudaGetLastError();  // a refusal is an answer: no later call shall report it
+        clusters = 0;
+      }
+      if (clusters == 0) clusters = kNo;
+    }
+    known[device] = clusters;
   }
   return clusters != kNo;
 }
