@@ -56,8 +56,9 @@ def test_every_cell_is_measured(whole):
     assert list(record["suspects"]) == ["badnets 20%", "clean"]
     cells = [("none", None), *((m, s) for m in ("fst", "fst_auto") for s in (0, 1))]
     for title, made in record["suspects"].items():
-        assert [(row["method"], row.get("seed")) for row in made["rows"]] == cells
-        for row in made["rows"][1:]:
+        control = [] if title == "clean" else [("never backdoored", None)]
+        assert [(row["method"], row.get("seed")) for row in made["rows"]] == cells + control
+        for row in made["rows"][1:5]:
             assert row["seconds"] > 0
             assert ("retuned" in row) == (title != "clean")
             assert (row["der"] is None) == (title == "clean")
@@ -67,6 +68,27 @@ def test_every_cell_is_measured(whole):
     assert not badnets["developed"]
     assert [row["alpha"] for row in badnets["rows"] if "alpha" in row] == [0.1, 0.1]
     assert {row["epochs"] for row in badnets["rows"] if row["method"] == "fst_auto"} == {4}
+    # The control is the clean model under the suspect's attacks.
+    control, clean = badnets["rows"][-1], record["suspects"]["clean"]["rows"][0]
+    assert control["clean_accuracy"] == clean["clean_accuracy"]
+    assert 0 <= control["attack_success"] <= 1
+    assert 0 <= control["retuned"]["attack_success"] <= 1
+
+
+def test_more_seeds_are_added_to_a_table(data, whole, tmp_path):
+    assert main(arguments(data, tmp_path, "--seeds", "1")) == 0
+    first = rows_of(tmp_path, timed=True)
+    assert main(arguments(data, tmp_path, "--seeds", "2")) == 0
+    for title, rows in rows_of(tmp_path, timed=True).items():
+        assert rows[: len(first[title])] == first[title]
+    assert record_of(tmp_path)["settings"] == record_of(whole)["settings"]
+    key = str
+    for title, rows in rows_of(tmp_path).items():
+        assert sorted(rows, key=key) == sorted(rows_of(whole)[title], key=key)
+    # Fewer take nothing away.
+    done = record_of(tmp_path)
+    assert main(arguments(data, tmp_path, "--seeds", "1")) == 0
+    assert record_of(tmp_path) == done
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
@@ -113,6 +135,7 @@ def test_ctrl_c_is_no_error_and_a_finished_table_is_left_alone(
     assert done == {"clean": ["none", "ft"], "badnets 20%": ["none"]}
     assert main(few) == 0
     assert len(calls) == 3
+    assert [row["method"] for row in rows_of(tmp_path)["badnets 20%"]][2:] == ["never backdoored"]
     queried = rows_of(tmp_path)["badnets 20%"][1]["reactivated"]
     assert 0 <= queried["success"] <= 1
     capsys.readouterr()
@@ -160,6 +183,30 @@ def test_what_cannot_be_done_is_told_before_any_training(
     assert rows_of(whole, timed=True) == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("badnets-*", b"{", "got a damaged file; delete it"),
+        ("pattern-*", b"{", "got a damaged file; delete it"),
+        ("pattern-*", b"{}", "pattern must be a shape and pixels as pack_pattern writes them"),
+    ],
+)
+def test_damaged_files_of_the_folder_are_named(data, tmp_path, capsys, kind, content, message):
+    attacks = ["--attacks", "siba", "badnets", "--methods", "none", "--search", "1"]
+    assert main(arguments(data, tmp_path, *attacks)) == 0
+    (damaged,) = (tmp_path / "models").glob(kind + ".json")
+    damaged.write_bytes(content)
+    for made in (tmp_path / "models").glob("siba-*"):
+        made.unlink()
+    (record,) = (tmp_path / "records" / "cpu").glob("*.json")
+    record.unlink()
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path, *attacks)) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert str(damaged) in told
+
+
 def test_data_without_test_images_is_refused(data, tmp_path, capsys):
     assert main(arguments(data / "train.npz", tmp_path)) == 1
     assert "--data must hold train and test images" in capsys.readouterr().err
@@ -194,9 +241,9 @@ def row(method, clean, success, **more):
     return {"method": method, **measured, **more}
 
 
-def tuned(clean, success, seed, woken):
-    retuned = row("", 0.0, woken)
-    return row("ft", clean, success, seed=seed, der=0.7, seconds=2.0 + seed, retuned=retuned)
+def tuned(clean, success, seed, woken, **more):
+    attacked = {"retuned": row("", 0.0, woken), **more}
+    return row("ft", clean, success, seed=seed, der=0.7, seconds=2.0 + seed, **attacked)
 
 
 def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
@@ -204,7 +251,11 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
         "a": {
             "trigger": {},
             "developed": False,
-            "rows": [row("none", 0.9, 1.0), tuned(0.8, 0.2, 0, 0.5), tuned(0.7, 0.4, 1, 0.7)],
+            "rows": [
+                row("none", 0.9, 1.0),
+                tuned(0.8, 0.2, 0, 0.5, reactivated={"success": 0.1}),
+                tuned(0.7, 0.4, 1, 0.7, reactivated={"success": 0.2}),
+            ],
         },
         "b": {
             "trigger": {},
@@ -226,7 +277,7 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
     assert outcome.by_suspect(record) == (
         ["suspect", "none", "ft"],
         [
-            ["a", "90.0 / 100.0", "75.0 / 30.0 (60.0)"],
+            ["a", "90.0 / 100.0", "75.0 / 30.0 (60.0, 15.0)"],
             ["b *", "90.0 / 100.0", "10.0 / 90.0 (90.0)"],
             ["c", "90.0 / 70.0", "10.0 / 90.0 (90.0)"],
             ["clean", "95.0", "93.0"],
@@ -234,7 +285,7 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
     )
     header, rows = outcome.by_method(record)
     assert rows == [
-        ["none", "90.0", "100.0", "100.0", "50.0", "", "", "", "95.0"],
-        ["ft", "75.0", "30.0", "40.0", "50.0", "0.700", "60.0", "2.5", "93.0"],
+        ["none", "90.0", "100.0", "100.0", "50.0", "", "", "", "", "95.0"],
+        ["ft", "75.0", "30.0", "40.0", "50.0", "0.700", "60.0", "15.0", "2.5", "93.0"],
     ]
     assert len(header) == len(rows[0])

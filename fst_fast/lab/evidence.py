@@ -40,7 +40,8 @@ class Evidence:
         Args:
             folder: holds ``<device>/<date>-efficacy-<name>.json``.
             name: of the table.
-            settings: in which two runs of one table agree.
+            settings: in which two runs of one table agree, but for the seeds: those that the record
+                lacks are added to it.
             device: it is done on.
         Raises:
             ValueError: today's record of this name has other settings, or is damaged.
@@ -50,13 +51,15 @@ class Evidence:
         directory = folder / place["type"]
         for path in sorted(directory.glob(f"*-efficacy-{name}.json"), reverse=True):
             kept = _read(path)
-            same = not differences(kept.get("settings", {}), settings)
+            same = not _apart(kept, settings)
             if same and kept["device"]["name"] == place["name"]:
+                agreed = kept["settings"]
+                agreed["seeds"] = max(agreed["seeds"], settings["seeds"])
                 return cls(path, kept)
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         path = directory / f"{date}-efficacy-{name}.json"
         if path.exists():
-            apart = differences(_read(path).get("settings", {}), settings) or ["device"]
+            apart = _apart(_read(path), settings) or ["device"]
             raise ValueError(
                 f"lab table: {path} must be of this table to go on with it, but differs in "
                 f"{'; '.join(apart[:5])}; put that back, move it away or give another --name"
@@ -95,6 +98,13 @@ class Evidence:
         )
         self.content = strict_json(self.content, "record")
         replace_file(self.path, dump_json(self.content))
+
+
+def _apart(kept: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """In what a record is of another table."""
+    agreed = kept.get("settings", {})
+    seeds = {"seeds": settings["seeds"]} if isinstance(agreed.get("seeds"), int) else {}
+    return differences({**agreed, **seeds}, settings)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from .presets import NOTHING
 SUCCEEDED = 0.8
 BY_METHOD = [
     *("method", "clean accuracy", "attack success", "greatest", "robust accuracy", "DER"),
-    *("after RA", "seconds", "clean model"),
+    *("after RA", "after QRA", "seconds", "clean model"),
 ]
 
 Rows = list[list[str]]
@@ -29,7 +29,10 @@ def names(record: dict[str, Any]) -> list[str]:
 
 
 def by_suspect(record: dict[str, Any]) -> tuple[list[str], Rows]:
-    """Header and rows: of each suspect and method "clean accuracy / attack success (after RA)"."""
+    """Header and rows: of each suspect and method "clean accuracy / attack success (after RA)".
+
+    Where it was tried, the brackets hold the attack success that QRA reaches as well.
+    """
     methods = names(record)
     rows = []
     for title, made in record["suspects"].items():
@@ -54,6 +57,7 @@ def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
         found = [row for made in attacked for row in _of(made, method)]
         successes = [row["attack_success"] for row in found]
         retuned = [row["retuned"] for row in found if "retuned" in row]
+        queried = [row["reactivated"] for row in found if "reactivated" in row]
         unharmed = [row for made in clean for row in _of(made, method)]
         rows.append(
             [
@@ -64,6 +68,7 @@ def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
                 _percent(row["robust_accuracy"] for row in found),
                 _mean((row["der"] for row in found if "der" in row), "{:.3f}"),
                 _percent(row["attack_success"] for row in retuned),
+                _percent(row["success"] for row in queried),
                 _mean((row["seconds"] for row in found if "seconds" in row), "{:.1f}"),
                 _percent(row["clean_accuracy"] for row in unharmed),
             ]
@@ -102,7 +107,9 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     if rows[0]["attack_success"] is not None:
         text += f" / {_percent(row['attack_success'] for row in rows)}"
     retuned = [row["retuned"]["attack_success"] for row in rows if "retuned" in row]
-    return f"{text} ({_percent(retuned)})" if retuned else text
+    queried = [row["reactivated"]["success"] for row in rows if "reactivated" in row]
+    again = [_percent(rates) for rates in (retuned, queried) if rates]
+    return f"{text} ({', '.join(again)})" if again else text
 
 
 def _percent(rates: Iterable[float]) -> str:

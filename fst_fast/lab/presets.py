@@ -10,6 +10,8 @@ from ..methods import Method
 # Of every table: nothing done, the baselines, FST with the paper's alpha for CIFAR-10, FST auto.
 METHODS = ("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst:auto")
 NOTHING = "none"
+# Beside them: the model that was trained without any attack, shown the suspect's trigger.
+UNHARMED = "never backdoored"
 # (attack, rate, architecture) on which alpha="auto" was worked out: docs/alpha.md.
 DEVELOPED = {("badnets", 0.01, "resnet18:16"), ("blended", 0.01, "resnet18:16")}
 

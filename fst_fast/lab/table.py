@@ -17,7 +17,7 @@ from .datasets import ImageSet
 from .evidence import Evidence
 from .measuring import measure, rating, reactivated, woken
 from .orders import Order
-from .presets import DEVELOPED, NOTHING, Choice
+from .presets import DEVELOPED, NOTHING, UNHARMED, Choice
 from .sources import Source
 from .suspects import Suspect
 from .workshop import Workshop
@@ -27,7 +27,7 @@ RATES = ("clean_accuracy", "attack_success", "robust_accuracy")
 
 @dataclass(frozen=True)
 class Cell:
-    """One purification of one suspect; ``seed`` is None where nothing is done."""
+    """One purification of one suspect; ``seed`` is None where none is done."""
 
     choice: Choice
     seed: int | None
@@ -60,12 +60,14 @@ class Plan:
     precision: str
     threads: int
 
-    def cells(self) -> Iterator[Cell]:
-        """Of each suspect; first what it is itself."""
+    def cells(self, order: Order) -> Iterator[Cell]:
+        """Of a suspect; first what it is itself, last what the clean model makes of its trigger."""
         yield Cell(Choice(NOTHING), None)
         for choice in self.choices:
             if choice.name != NOTHING:
                 yield from (Cell(choice, seed) for seed in range(self.seeds))
+        if order.attack != CLEAN:
+            yield Cell(Choice(UNHARMED), None)
 
     def computed(self, evidence: Evidence) -> Plan:
         """As the evidence was begun: precision and threads decide the last digits."""
@@ -105,7 +107,7 @@ def fill(
     bench = _Bench(plan, clean, source.test, workshop)
     for order in plan.orders:
         title = title_of(order)
-        left = [cell for cell in plan.cells() if evidence.row(title, cell.facts()) is None]
+        left = [cell for cell in plan.cells(order) if evidence.row(title, cell.facts()) is None]
         if not left:
             tell(f"{title}: done before")
             continue
@@ -134,9 +136,15 @@ class _Bench:
         """What the cell's method makes of the model; ``before`` is its row without any."""
         if before is None:
             return self._measured(model, suspect)
+        if cell.choice.name == UNHARMED:
+            return self._attacked(self._clean_model(), suspect)
         model, row = self._purified(cell, model, suspect)
-        measured = self._measured(model, suspect)
-        row |= {**measured, "der": rating(_metrics(before), _metrics(measured))}
+        row |= self._attacked(model, suspect)
+        return {**row, "der": rating(_metrics(before), _metrics(row))}
+
+    def _attacked(self, model: nn.Module, suspect: Suspect) -> dict[str, Any]:
+        """The model's rates, and those that the attacks on it reach."""
+        row = self._measured(model, suspect)
         if suspect.trigger is not None and suspect.relabel != "all-to-all":
             retuned = woken(model, self.clean, suspect, self.device, self.plan.precision)
             row["retuned"] = self._measured(retuned, suspect)
@@ -177,13 +185,15 @@ class _Bench:
         return result.model, {**row, "cosine": result.head_shift.cosine, "stopped": result.stopped}
 
     def _queried(self, model: nn.Module, retuned: nn.Module, suspect: Suspect) -> dict[str, float]:
+        unharmed = self._clean_model()
+        found = reactivated(model, retuned, unharmed, self.clean, self.test, suspect, self.device)
+        return found.rates()
+
+    def _clean_model(self) -> nn.Module:
         if self._unharmed is None:
             clean = next(order for order in self.plan.orders if order.attack == CLEAN)
             self._unharmed = self.workshop.get(clean).model
-        found = reactivated(
-            model, retuned, self._unharmed, self.clean, self.test, suspect, self.device
-        )
-        return found.rates()
+        return self._unharmed
 
 
 def _metrics(row: dict[str, Any]) -> Metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..files import dump_json, replace_file, strict_json
+from ..files import dump_json, read_object, replace_file, strict_json
 from ..poisoning import plan
 from ..triggers import Trigger
 from . import suspects
@@ -69,7 +68,7 @@ class Workshop:
             network = order.network
             classes = len(self.data.classes)
             model = checkpoint.load(path, network.arch, classes, **network.options)
-            return Made(model, json.loads(beside.read_bytes()))
+            return Made(model, _kept(beside))
         made = self.make(order)
         self.folder.mkdir(parents=True, exist_ok=True)
         return Made(made.model, checkpoint.save(path, made.model, made.manifest))
@@ -143,7 +142,11 @@ class Workshop:
         name = f"pattern-{order.target}-{epochs}-{surrogate.name(self.facts)}.json"
         path = self.folder / name
         if path.exists():
-            return unpack_pattern(json.loads(path.read_bytes()))
+            kept = _kept(path)
+            try:
+                return unpack_pattern(kept)
+            except ValueError as error:
+                raise ValueError(f"{error}; delete {path} to find it anew") from None
         chosen = self.data.split(min(SEARCH_IMAGES, len(self.data)), seed=order.seed)[0]
         found = find_siba(
             self.get(surrogate).model,
@@ -177,3 +180,11 @@ class Workshop:
             )
 
         return prepare
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What a file of the folder holds."""
+    found = read_object(path)
+    if found is None:
+        raise ValueError(f"lab: {path} must be as it was written, got a damaged file; delete it")
+    return found
