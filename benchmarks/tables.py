@@ -15,6 +15,7 @@ from ladder_tables import (
     shares_rows,
 )
 
+from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import error_ratio, size
 from fst_fast.bench.table import time as microseconds
 from fst_fast.lab import outcome
@@ -94,7 +95,7 @@ def reliability():
     """What the suites of tests/hostile counted, each suite's newest record."""
     records = newest("hostile/*.json")
     parts = [
-        f"`{record['suite']}`, {record['date']}, {(record['commit'] or 'no commit')[:7]}, "
+        f"`{record['suite']}`, {record['date']}, {commit_of(record)}, "
         f"{record['seconds'] / 60:.0f} min on {record['machine']['cores']} cores:\n\n"
         + table(RELIABILITY_HEADER, [reliability_row(row) for row in record["rows"]])
         for record in records
@@ -175,13 +176,12 @@ def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
 
 
 def bench_title(record):
-    commit = (record["commit"] or "no commit")[:7] + (" with changes" if record["dirty"] else "")
     rates = "; ".join(
         f"threads {row['threads']}: copy {row['copy_gb_per_s']:.0f} GB/s, `torch.mm` float32 "
         f"{row['fp32_gflop_per_s']:.0f} and bfloat16 {row['bf16_gflop_per_s']:.0f} GFLOP/s"
         for row in record["machine"]
     )
-    versions = f"torch {record['versions']['torch']}, {record['date']}, {commit}"
+    versions = f"torch {record['versions']['torch']}, {record['date']}, {commit_of(record)}"
     return f"{record['device']['name']}, {versions}. {rates}."
 
 

@@ -273,7 +273,15 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
             "rows": [row("none", 0.95, None), row("ft", 0.93, None, seed=0)],
         },
     }
-    record = {"suspects": shown}
+    images = {"train": {"images": 60}, "test": {"images": 24}, "clean_images": 12}
+    settings = {"suspects": {"a": {"arch": "resnet8:4"}}, "seeds": 2, **images}
+    device = {"name": "slow", "type": "cpu"}
+    made = {"name": "n", "date": "2020-01-01", "commit": None, "dirty": False, "device": device}
+    record = {**made, "settings": settings, "suspects": shown}
+    assert outcome.about(record) == (
+        "`n`: resnet8:4, 60 training, 24 test and 12 clean images, 1 to 2 seeds; slow, 2020-01-01, "
+        "no commit"
+    )
     assert outcome.by_suspect(record) == (
         ["suspect", "none", "ft"],
         [

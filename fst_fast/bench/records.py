@@ -30,6 +30,12 @@ def sources(root: Path = ROOT) -> dict[str, Any]:
     return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
+def commit_of(record: Mapping[str, Any]) -> str:
+    """The commit a record was made at, for people."""
+    commit = record["commit"][:7] if record["commit"] else "no commit"
+    return f"{commit} with changes" if record["dirty"] else commit
+
+
 def _git(root: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(root), *arguments]
     try:

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from fst_fast.progress import table_console
 
+from .records import commit_of
+
 HEAD_COLUMNS = (
     "case",
     "variant",
@@ -40,8 +42,9 @@ ROUNDING = 6e-8
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print one table; plain text where the output is no terminal."""
     console = table_console(console)
-    commit = (record["commit"] or "no commit")[:7] + (" + changes" if record["dirty"] else "")
-    lines = [f"{record['device']['name']}, torch {record['versions']['torch']}, {commit}"]
+    lines = [
+        f"{record['device']['name']}, torch {record['versions']['torch']}, {commit_of(record)}"
+    ]
     for row in record["machine"]:
         lines.append(
             f"threads {row['threads']}: copy {row['copy_gb_per_s']:.0f} GB/s, torch.mm fp32 "

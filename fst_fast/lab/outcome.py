@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..bench.records import commit_of
 from .presets import NOTHING
 
 # Below this the attack did not succeed, and a defence has nothing to show.
@@ -81,13 +82,25 @@ def about(record: dict[str, Any]) -> str:
     settings = record["settings"]
     suspects = settings["suspects"].values()
     archs = ", ".join(dict.fromkeys(order["arch"] for order in suspects))
-    commit = (record["commit"] or "no commit")[:7] + (" with changes" if record["dirty"] else "")
     return (
         f"`{record['name']}`: {archs}, {settings['train']['images']} training, "
         f"{settings['test']['images']} test and {settings['clean_images']} clean images, "
-        f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}; "
-        f"{record['device']['name']}, {record['date']}, {commit}"
+        f"{_seeds(record)}; "
+        f"{record['device']['name']}, {record['date']}, {commit_of(record)}"
     )
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    """How many of each purification there are: the table may be unfinished."""
+    counts = [
+        len(found)
+        for made in record["suspects"].values()
+        for method in names(record)
+        if (found := [row for row in _of(made, method) if "seed" in row])
+    ]
+    least, most = min(counts, default=0), max(counts, default=0)
+    number = str(most) if least == most else f"{least} to {most}"
+    return f"{number} seed{'' if most == 1 else 's'}"
 
 
 def _of(made: dict[str, Any], method: str) -> list[dict[str, Any]]:
