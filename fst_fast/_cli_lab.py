@@ -145,7 +145,8 @@ def _attacked(
     told = {"retuned": asdict(measure(retuned, test, suspect, device, options.precision))}
     if options.qra:
         clean = suspects.read(options.clean_model).load(options.clean_model)
-        found = reactivated(model, retuned, clean, known, test, suspect, device)
+        place = (device, options.precision)
+        found = reactivated(model, retuned, clean, known, test, suspect, *place)
         told["reactivated"] = found.rates()
     return told
 

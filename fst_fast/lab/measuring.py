@@ -116,6 +116,7 @@ def reactivated(
     test: ImageSet,
     suspect: Suspect,
     device: torch.device | str | None = None,
+    precision: str = "auto",
 ) -> Reactivation:
     """What the query-based reactivation attack (QRA) finds; raises as :func:`woken`."""
     return reactivate(
@@ -129,6 +130,7 @@ def reactivated(
         normalize=suspect.normalize,
         images=min(QUERIES, len(known)),
         device=device,
+        precision=precision,
     )
 
 

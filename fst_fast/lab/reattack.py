@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..augment import Augment
 from ..data import DeviceLoader
+from ..folding import folded
 from ..heads import logits_of
 from ..inputs import autocast, resolve_device, resolve_precision, safe_layout
 from ..pixels import Normalization, normalize_affine, normalize_bytes
@@ -160,6 +161,7 @@ def reactivate(
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
+    precision: str = "auto",
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> Reactivation:
     """The query-based reactivation attack (QRA): learn a perturbation that wakes the backdoor.
@@ -177,6 +179,7 @@ def reactivate(
         normalize: (mean, std) that all three models were trained with.
         images, epochs, lr, momentum, batch_size: the defaults are the paper's.
         seed: of the perturbation's weights, the choice and the batches.
+        precision: of the three models; the perturbation is float32.
         on_epoch: called after each epoch with its number (from 1) and mean loss.
     Raises:
         ValueError: fewer images than asked for, or no test image of another class.
@@ -194,21 +197,24 @@ def reactivate(
         )
     place = resolve_device(device, purified)
     models = (purified, retuned, clean_model)
-    network = _Networks(*models, place, normalize, known.images.shape[-1])
+    kind = resolve_precision(precision, place)
     with ExitStack() as stack:
         stack.enter_context(seeded(seed, place))
         for model in models:
             stack.enter_context(evaluating(model, place))
         chosen = known.subset(torch.randperm(len(known))[:images])
         inputs = torch.cat([chosen.images, trigger.apply(chosen.images)])
-        labels = chosen.labels.repeat(2)
+        network = _Networks(models, place, kind, normalize, inputs[:2])
+        labels = chosen.labels.repeat(2).to(place)
+        wanted = network.outputs(network.retuned, inputs).log_softmax(1)
         perturb = Perturbation(inputs[0].numel()).to(place)
         optimizer = torch.optim.SGD(perturb.parameters(), lr=lr, momentum=momentum)
-        loader = DeviceLoader(inputs, labels, batch_size, device=place, seed=seed)
+        places = torch.arange(len(inputs))
+        loader = DeviceLoader(inputs, places, batch_size, device=place, seed=seed)
         for epoch in range(epochs):
             total = torch.zeros((), device=place)
-            for x, y in loader:
-                loss = network.loss(perturb, x, y)
+            for x, at in loader:
+                loss = network.loss(perturb(x), labels[at], wanted[at])
                 optimizer.zero_grad(set_to_none=True)
                 # Not for the three models' own parameters.
                 loss.backward(inputs=list(perturb.parameters()))
@@ -218,9 +224,9 @@ def reactivate(
                 on_epoch(epoch + 1, (total / len(inputs)).item())
         perturb.eval().requires_grad_(False)
         shown = test.subset(others)
-        triggered = network.answers(purified, perturb, trigger.apply(shown.images))
-        plain = network.answers(purified, perturb, shown.images)
-        unharmed = network.answers(clean_model, perturb, test.images)
+        triggered = network.answers(network.purified, trigger.apply(shown.images), perturb)
+        plain = network.answers(network.purified, shown.images, perturb)
+        unharmed = network.answers(network.clean, test.images, perturb)
     return Reactivation(
         success=(triggered == target).float().mean().item(),
         clean_success=(plain == target).float().mean().item(),
@@ -234,34 +240,45 @@ class _Networks:
 
     def __init__(
         self,
-        purified: nn.Module,
-        retuned: nn.Module,
-        clean_model: nn.Module,
+        models: tuple[nn.Module, nn.Module, nn.Module],
         device: torch.device,
+        precision: str,
         normalize: Normalization | None,
-        channels: int,
+        few: Tensor,
     ) -> None:
-        self.purified, self.retuned, self.clean = purified, retuned, clean_model
-        self.device = device
-        self.scale, self.shift = (t.to(device) for t in normalize_affine(channels, normalize))
+        self.device, self.precision = device, precision
+        self.scale, self.shift = (t.to(device) for t in normalize_affine(few.shape[-1], normalize))
+        layouts = {safe_layout(model, device) for model in models}
+        self.layout = layouts.pop() if len(layouts) == 1 else torch.contiguous_format
+        images = self.normalized(self.pixels(few))
+        self.purified, self.retuned, self.clean = (folded(model, images) for model in models)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in 0..1 on the device, of stored images."""
+        return normalize_bytes(images.to(self.device), None)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        return (pixels * self.scale + self.shift).contiguous(memory_format=self.layout)
 
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        return logits_of(model(pixels * self.scale + self.shift)).flatten(1)
+        with autocast(self.device, self.precision):
+            logits = logits_of(model(self.normalized(pixels)))
+        return logits.float().flatten(1)
 
-    def loss(self, perturb: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-        changed = perturb(pixels)
-        with torch.no_grad():
-            wanted = self.logits(self.retuned, pixels).log_softmax(1)
+    def loss(self, changed: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        """Of perturbed pixels; wanted: log-probabilities of the retuned model without that."""
         got = self.logits(self.purified, changed).log_softmax(1)
         divergence = F.kl_div(got, wanted, reduction="batchmean", log_target=True)
         unharmed = F.cross_entropy(self.logits(self.clean, changed), labels)
         return unharmed + DIVERGENCE * divergence
 
     @torch.no_grad()
-    def answers(self, model: nn.Module, perturb: nn.Module, images: Tensor) -> Tensor:
+    def outputs(self, model: nn.Module, images: Tensor, perturb: nn.Module | None = None) -> Tensor:
+        """Logits of stored images, perturbed if asked, [N, K] float32 on the device."""
+        change = nn.Identity() if perturb is None else perturb
+        parts = images.split(500)
+        return torch.cat([self.logits(model, change(self.pixels(part))) for part in parts])
+
+    def answers(self, model: nn.Module, images: Tensor, perturb: nn.Module) -> Tensor:
         """Predicted classes of perturbed stored images, [N] int64 on the CPU."""
-        parts = [
-            self.logits(model, perturb(normalize_bytes(part.to(self.device), None))).argmax(1)
-            for part in images.split(500)
-        ]
-        return torch.cat(parts).cpu()
+        return self.outputs(model, images, perturb).argmax(1).cpu()

@@ -185,9 +185,8 @@ class _Bench:
         return result.model, {**row, "cosine": result.head_shift.cosine, "stopped": result.stopped}
 
     def _queried(self, model: nn.Module, retuned: nn.Module, suspect: Suspect) -> dict[str, float]:
-        unharmed = self._clean_model()
-        found = reactivated(model, retuned, unharmed, self.clean, self.test, suspect, self.device)
-        return found.rates()
+        images, place = (self.clean, self.test), (self.device, self.plan.precision)
+        return reactivated(model, retuned, self._clean_model(), *images, suspect, *place).rates()
 
     def _clean_model(self) -> nn.Module:
         if self._unharmed is None:
