@@ -267,6 +267,7 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
             "developed": False,
             "rows": [row("none", 0.9, 0.7), tuned(0.1, 0.9, 0, 0.9)],
         },
+        "unfinished": {"trigger": {}, "developed": False, "rows": [row("none", 0.9, 0.9)]},
         "clean": {
             "trigger": None,
             "developed": False,
@@ -288,6 +289,7 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
             ["a", "90.0 / 100.0", "75.0 / 30.0 (60.0, 15.0)"],
             ["b *", "90.0 / 100.0", "10.0 / 90.0 (90.0)"],
             ["c", "90.0 / 70.0", "10.0 / 90.0 (90.0)"],
+            ["unfinished", "90.0 / 90.0", ""],
             ["clean", "95.0", "93.0"],
         ],
     )

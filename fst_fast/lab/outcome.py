@@ -45,12 +45,17 @@ def by_suspect(record: dict[str, Any]) -> tuple[list[str], Rows]:
 def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
     """Header and rows: of each method the means over the suspects whose attack had succeeded.
 
-    Those that alpha="auto" was worked out on are left out. The last column is the clean accuracy
-    of the model that was never backdoored.
+    Those that alpha="auto" was worked out on are left out, and those that lack a method: all means
+    are over the same suspects. The last column is the clean accuracy of the model that was never
+    backdoored.
     """
     suspects = record["suspects"].values()
     attacked = [
-        made for made in suspects if (_before(made) or 0) >= SUCCEEDED and not made["developed"]
+        made
+        for made in suspects
+        if (_before(made) or 0) >= SUCCEEDED
+        and not made["developed"]
+        and all(_of(made, method) for method in names(record))
     ]
     clean = [made for made in suspects if made["trigger"] is None]
     rows = []
