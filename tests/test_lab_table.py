@@ -82,13 +82,27 @@ def test_more_seeds_are_added_to_a_table(data, whole, tmp_path):
     for title, rows in rows_of(tmp_path, timed=True).items():
         assert rows[: len(first[title])] == first[title]
     assert record_of(tmp_path)["settings"] == record_of(whole)["settings"]
-    key = str
     for title, rows in rows_of(tmp_path).items():
-        assert sorted(rows, key=key) == sorted(rows_of(whole)[title], key=key)
+        assert sorted(rows, key=str) == sorted(rows_of(whole)[title], key=str)
     # Fewer take nothing away.
     done = record_of(tmp_path)
     assert main(arguments(data, tmp_path, "--seeds", "1")) == 0
     assert record_of(tmp_path) == done
+
+
+def test_the_control_is_done_once_for_all_rates(data, tmp_path, monkeypatch):
+    real, calls = table.woken, []
+
+    def woken(*given):
+        calls.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(table, "woken", woken)
+    assert main(arguments(data, tmp_path, "--rates", "0.2", "0.4", "--methods", "none")) == 0
+    rows = rows_of(tmp_path)
+    assert rows["badnets 20%"][1]["method"] == "never backdoored"
+    assert rows["badnets 20%"][1] == rows["badnets 40%"][1]
+    assert len(calls) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")

@@ -62,8 +62,7 @@ def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
     for method in names(record):
         found = [row for made in attacked for row in _of(made, method)]
         successes = [row["attack_success"] for row in found]
-        retuned = [row["retuned"] for row in found if "retuned" in row]
-        queried = [row["reactivated"] for row in found if "reactivated" in row]
+        retuned, queried = _again(found)
         unharmed = [row for made in clean for row in _of(made, method)]
         rows.append(
             [
@@ -73,8 +72,8 @@ def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
                 _percent([max(successes)] if successes else []),
                 _percent(row["robust_accuracy"] for row in found),
                 _mean((row["der"] for row in found if "der" in row), "{:.3f}"),
-                _percent(row["attack_success"] for row in retuned),
-                _percent(row["success"] for row in queried),
+                _percent(retuned),
+                _percent(queried),
                 _mean((row["seconds"] for row in found if "seconds" in row), "{:.1f}"),
                 _percent(row["clean_accuracy"] for row in unharmed),
             ]
@@ -124,10 +123,14 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     text = _percent(row["clean_accuracy"] for row in rows)
     if rows[0]["attack_success"] is not None:
         text += f" / {_percent(row['attack_success'] for row in rows)}"
-    retuned = [row["retuned"]["attack_success"] for row in rows if "retuned" in row]
-    queried = [row["reactivated"]["success"] for row in rows if "reactivated" in row]
-    again = [_percent(rates) for rates in (retuned, queried) if rates]
+    again = [_percent(rates) for rates in _again(rows) if rates]
     return f"{text} ({', '.join(again)})" if again else text
+
+
+def _again(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Attack success after RA, and after QRA, of the rows that have it."""
+    retuned = [row["retuned"]["attack_success"] for row in rows if "retuned" in row]
+    return retuned, [row["reactivated"]["success"] for row in rows if "reactivated" in row]
 
 
 def _percent(rates: Iterable[float]) -> str:

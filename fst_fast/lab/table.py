@@ -129,6 +129,7 @@ class _Bench:
         self.plan, self.clean, self.test, self.workshop = plan, clean, test, workshop
         self.device = workshop.device
         self._unharmed: nn.Module | None = None
+        self._controls: dict[str, dict[str, Any]] = {}
 
     def do(
         self, cell: Cell, model: nn.Module, suspect: Suspect, before: dict[str, Any] | None
@@ -137,7 +138,10 @@ class _Bench:
         if before is None:
             return self._measured(model, suspect)
         if cell.choice.name == UNHARMED:
-            return self._attacked(self._clean_model(), suspect)
+            # The same at every rate.
+            if suspect.attack not in self._controls:
+                self._controls[suspect.attack] = self._attacked(self._clean_model(), suspect)
+            return self._controls[suspect.attack]
         model, row = self._purified(cell, model, suspect)
         row |= self._attacked(model, suspect)
         return {**row, "der": rating(_metrics(before), _metrics(row))}
