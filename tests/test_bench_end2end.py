@@ -116,6 +116,16 @@ def test_a_kept_suspect_is_taken_if_it_was_made_so(tmp_path):
         jobs._kept(plan.quick(), path, plan.build)
 
 
+@pytest.mark.parametrize("name", jobs.PLANS)
+def test_only_cifar10_needs_a_folder(name):
+    if jobs.PLANS[name].source == "digits":
+        pytest.importorskip("sklearn")
+        jobs.check(name, None)
+    else:
+        with pytest.raises(ValueError, match="--data must name a folder"):
+            jobs.check(name, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=_list_of(str, jobs.PLANS),
         default=["digits"],
-        help=f"by comma: {', '.join(jobs.PLANS)}; default: digits, which needs no data",
+        help=f"by comma: {', '.join(jobs.PLANS)}; default: digits; those of digits need no data",
     )
     job.add_argument("--data", type=Path, help="CIFAR-10: a folder with train.npz and test.npz")
     job.add_argument(
