@@ -157,22 +157,32 @@ def head_step():
 
 
 def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
-    """The newest record of each device; where there is none, that is said."""
+    """On each device, every case from its newest record; where there is none, that is said."""
     parts = []
     for device, place in DEVICES.items():
-        records = [json.loads(p.read_text()) for p in RESULTS.glob(f"{device}/*-{suite}.json")]
-        if not records:
-            parts.append(f"Not yet measured on a {place}.")
-            continue
-        record = max(records, key=lambda record: record["time"])
-        rows = [row for case in record["cases"] if case["op"] == op for row in rows_of(case)]
-        if not rows:
-            parts.append(f"Not yet measured on a {place}.")
-            continue
-        parts.append(f"{bench_title(record)}\n\n{table(header, rows)}")
-        if note(record):
-            parts.append(note(record))
+        found = []
+        for record in newest_cases(device, suite):
+            rows = [row for case in record["cases"] if case["op"] == op for row in rows_of(case)]
+            if rows:
+                found.append(f"{bench_title(record)}\n\n{table(header, rows)}")
+            if rows and note(record):
+                found.append(note(record))
+        parts += found or [f"Not yet measured on a {place}."]
     return "\n\n".join(parts)
+
+
+def newest_cases(device, suite):
+    """The records of a suite, newest first, each with those cases that no newer one has."""
+    records = [json.loads(p.read_text()) for p in RESULTS.glob(f"{device}/*-{suite}.json")]
+    seen = set()
+    for record in sorted(records, key=lambda record: record["time"], reverse=True):
+        cases = [case for case in record["cases"] if case_key(case) not in seen]
+        seen.update(map(case_key, cases))
+        yield {**record, "cases": cases}
+
+
+def case_key(case):
+    return case["op"], case.get("family"), *case["shape"], case["dtype"]
 
 
 def bench_title(record):

@@ -1,12 +1,13 @@
 """``bench end2end``: what comes out is compared, and a speed that changes it is refused."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
 from fst_fast.bench import __main__ as bench
-from fst_fast.bench import end2end, jobs, machine
+from fst_fast.bench import end2end, jobs, machine, options
 from fst_fast.lab.datasets import ImageSet
 
 CPU = torch.device("cpu")
@@ -66,8 +67,8 @@ def small(monkeypatch):
 
 
 def run(capsys, *arguments):
-    command = ["end2end", "--device", "cpu", "--seeds", "2", "--json", *arguments]
-    status = bench.main(command)
+    command = ["end2end", "--device", "cpu", "--checkpoint", "digits", "--seeds", "2", "--json"]
+    status = bench.main([*command, *arguments])
     printed = capsys.readouterr()
     assert printed.out, printed.err
     return status, json.loads(printed.out)
@@ -124,6 +125,16 @@ def test_only_cifar10_needs_a_folder(name):
     else:
         with pytest.raises(ValueError, match="--data must name a folder"):
             jobs.check(name, None)
+
+
+def test_the_default_is_all_that_needs_no_data():
+    pytest.importorskip("sklearn")
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    for more, names in (([], ["digits", "digits-resnet18"]), (["--quick"], ["digits"])):
+        chosen = parser.parse_args(["end2end", "--device", "cpu", *more])
+        cases = options.make_settings(chosen, "end2end").cases
+        assert [case.checkpoint for case in cases] == names
 
 
 @pytest.mark.parametrize(

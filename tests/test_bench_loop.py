@@ -182,6 +182,7 @@ def test_a_slow_step_beside_its_passes_is_overhead(monkeypatch):
 
     rung = ladder.Rung("ours", None, run=loop_of_seven)
     found = overhead.overhead(rung, given, case, {"precision": "fp32", "channels_last": True})
+    assert found.pop("pairs") >= overhead.PAIRS
     assert found == {"step_us": 7e6, "forward_backward_us": 1e6, "share": pytest.approx(6 / 7)}
 
 

@@ -103,8 +103,17 @@ def test_record_is_all_or_nothing(tmp_path, monkeypatch):
             records.write({**record, "more": 1}, tmp_path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert json.loads(path.read_text()) == record
-    records.write({**record, "more": 1}, tmp_path)
-    assert json.loads(path.read_text())["more"] == 1
+
+
+def test_a_record_that_is_there_stays(tmp_path):
+    record = {"commit": "a" * 40, "date": "2026-01-02", "suite": "head", "device": {"type": "cpu"}}
+    paths = [records.write({**record, "number": n}, tmp_path) for n in (1, 2, 3)]
+    assert [path.name for path in paths] == [
+        "2026-01-02-aaaaaaa-head.json",
+        "2026-01-02-aaaaaaa-2-head.json",
+        "2026-01-02-aaaaaaa-3-head.json",
+    ]
+    assert [json.loads(path.read_text())["number"] for path in paths] == [1, 2, 3]
 
 
 def git(folder, *arguments):
@@ -249,6 +258,21 @@ def test_tables_take_the_newest_record(recorded, tmp_path, monkeypatch):
     assert len(lines) == 2
     assert "(reference)" in lines[0] or "(cpu)" in lines[0]
     assert "| 3, 7 |" in tables.head_step()
+
+
+def test_a_case_that_the_newest_record_lacks_is_an_older_ones(recorded, tmp_path, monkeypatch):
+    record = json.loads(recorded[0].read_text())
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    loss = [case for case in record["cases"] if case["op"] == "head_deviation_loss"]
+    old = {**record, "commit": "b" * 40, "time": "2026-01-01T09:00:00+00:00", "cases": loss}
+    new = {**old, "commit": "c" * 40, "time": "2026-01-01T10:00:00+00:00", "cases": loss[:1]}
+    for made in (old, new):
+        records.write(made, tmp_path)
+    first, second = tables.head().split("ccccccc")[1].split("bbbbbbb")
+    assert "| 5, 7, 3 | fp32 |" in first
+    assert "| bf16 |" not in first
+    assert "| 5, 7, 3 | bf16 |" in second
+    assert "| fp32 |" not in second
 
 
 def test_tables_show_where_ours_is_missing(recorded, tmp_path, monkeypatch):

@@ -123,6 +123,8 @@ PLANS = {
     "cifar10-width16": _cifar10(16),
     "cifar10-resnet18": _cifar10(64),
 }
+# No data from elsewhere; the smallest first.
+NEEDS_NOTHING = [name for name, plan in PLANS.items() if plan.source == "digits"]
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ METHOD = {
     "or captured included; the rungs above it have run before",
     "floor_us": "the products of convolutions and head at the best rate that torch.mm or one "
     "convolution reached here in the row's precision; bytes are left out of account",
-    "overhead": "of the last rung. CPU: medians of its steps on one batch, from that batch to "
-    "the request for the next, in turn with bare forward and backward passes on it. GPU: the mean "
-    "step behind the first epoch, and the median replay of a CUDA graph of forward, cross-entropy, "
-    "backward and fused SGD alone. share = (step - pass) / step",
+    "overhead": "of the last rung. CPU: its steps on one batch, from that batch to the request for "
+    "the next, each behind a bare forward and backward pass on it; share = the median of (step - "
+    "pass) over the median step. GPU: the mean step behind the first epoch, and the median replay "
+    "of a CUDA graph of forward, cross-entropy, backward and fused SGD alone; share = (step - "
+    "pass) / step",
     "shares": "of the wall clock of a few profiled steps, each op's own time; on a GPU, each "
     "kernel's",
 }

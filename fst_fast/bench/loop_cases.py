@@ -104,5 +104,7 @@ def select(op: str, shapes: Any, quick: bool, device: torch.device) -> list[Loop
     if quick:
         return [LoopCase(op, 8, 256)]
     # Ten epochs are a user's run, in which a trial of arrangements pays.
-    epochs = 10 if op == "loop" else 1
-    return [LoopCase(op, 64 if device.type == "cuda" else 16, 1000, epochs)]
+    full, small = ((1000, 10), (256, 2)) if op == "loop" else ((1000, 1), (256, 1))
+    if device.type == "cuda":
+        return [LoopCase(op, 64, *full)]
+    return [LoopCase(op, 16, *full), LoopCase(op, 64, *small)]

@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--checkpoint",
         type=_list_of(str, jobs.PLANS),
-        default=["digits"],
-        help=f"by comma: {', '.join(jobs.PLANS)}; default: digits; those of digits need no data",
+        help=f"by comma: {', '.join(jobs.PLANS)}; those of digits need no data, and are the "
+        "default (--quick: digits alone)",
     )
     job.add_argument("--data", type=Path, help="CIFAR-10: a folder with train.npz and test.npz")
     job.add_argument(
@@ -190,13 +190,14 @@ def _jobs(options: argparse.Namespace) -> list[end2end.End2EndCase]:
         raise ValueError(f"--seeds must be at least 2, for a spread, got {seeds}")
     if options.test_images is not None and options.test_images < 1:
         raise ValueError(f"--test-images must be at least 1, got {options.test_images}")
-    for name in options.checkpoint:
+    chosen = options.checkpoint or (jobs.NEEDS_NOTHING[:1] if options.quick else jobs.NEEDS_NOTHING)
+    for name in chosen:
         jobs.check(name, options.data)
     return [
         end2end.End2EndCase(
             name, options.data, options.checkpoints, options.test_images, seeds, options.quick
         )
-        for name in options.checkpoint
+        for name in chosen
     ]
 
 

@@ -16,11 +16,13 @@ from fst_fast.profiling import STEPS, StepProfile
 from fst_fast.purify import purify
 
 from .ladder import ALPHA, LR, Rung
-from .loop_cases import Inputs, LoopCase
+from .loop_cases import BATCH, Inputs, LoopCase
 from .timing import EventTimer, capture, percentile
 
 # The first checks every image, or records, and is left out.
 EPOCHS = 3
+# One pair of a pass and a step varies by several percent on a machine that others use as well.
+PAIRS = 48
 # Blocks of them, on a GPU.
 REPLAYS = 20
 
@@ -78,12 +80,20 @@ def overhead(
         found.append(PairedSteps(loader, inputs, how))
         return found[-1]
 
-    rung.run(replace(inputs, around=around), replace(case, epochs=EPOCHS), True, how)
-    step, bare = (
-        percentile([seconds for epoch in epochs[1:] for seconds in epoch], 0.5) * 1e6
-        for epochs in (found[0].steps, found[0].bare)
+    epochs = 1 + -(-PAIRS // -(-case.images // BATCH))
+    rung.run(replace(inputs, around=around), replace(case, epochs=epochs), True, how)
+    steps, passes = (
+        [1e6 * seconds for epoch in kept[1:] for seconds in epoch]
+        for kept in (found[0].steps, found[0].bare)
     )
-    return {"step_us": step, "forward_backward_us": bare, "share": (step - bare) / step}
+    apart = [step - bare for step, bare in zip(steps, passes, strict=True)]
+    step = percentile(steps, 0.5)
+    return {
+        "step_us": step,
+        "forward_backward_us": percentile(passes, 0.5),
+        "share": percentile(apart, 0.5) / step,
+        "pairs": len(apart),
+    }
 
 
 def _replayed(inputs: Inputs, case: LoopCase, how: Mapping[str, Any]) -> dict[str, float]:

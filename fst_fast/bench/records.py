@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,10 +52,16 @@ def finish(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(record: Mapping[str, Any], folder: Path) -> Path:
-    """Write FOLDER/<device>/<date>-<commit>-<suite>.json, all or nothing; return its path."""
+    """Write FOLDER/<device>/<date>-<commit>-<suite>.json, all or nothing; return its path.
+
+    A record that is there stays: the next of its name is <date>-<commit>-2-<suite>.json.
+    """
     commit = (record["commit"] or "unknown")[:7]
     directory = folder / record["device"]["type"]
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{record['date']}-{commit}-{record['suite']}.json"
+    start = f"{record['date']}-{commit}"
+    tried = itertools.chain([start], (f"{start}-{number}" for number in itertools.count(2)))
+    paths = (directory / f"{name}-{record['suite']}.json" for name in tried)
+    path = next(path for path in paths if not path.exists())
     replace_file(path, dump_json(record))
     return path
