@@ -297,6 +297,9 @@ def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():
         "`n`: resnet8:4, 60 training, 24 test and 12 clean images, 1 to 2 seeds; slow, 2020-01-01, "
         "no commit"
     )
+    went_on = {**shown["clean"], "rows": [row("none", 0.95, None, commit="b" * 40)]}
+    continued = {**record, "commit": "a" * 40, "suspects": {"clean": went_on}}
+    assert outcome.about(continued).endswith("2020-01-01, aaaaaaa, bbbbbbb")
     assert outcome.by_suspect(record) == (
         ["suspect", "none", "ft"],
         [

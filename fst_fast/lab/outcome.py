@@ -90,8 +90,16 @@ def about(record: dict[str, Any]) -> str:
         f"`{record['name']}`: {archs}, {settings['train']['images']} training, "
         f"{settings['test']['images']} test and {settings['clean_images']} clean images, "
         f"{_seeds(record)}; "
-        f"{record['device']['name']}, {record['date']}, {commit_of(record)}"
+        f"{record['device']['name']}, {record['date']}, {_commits(record)}"
     )
+
+
+def _commits(record: dict[str, Any]) -> str:
+    """The commit that began the table, and those that went on with it."""
+    rows = (row for made in record["suspects"].values() for row in made["rows"])
+    later = dict.fromkeys(row["commit"] for row in rows if row.get("commit"))
+    later.pop(record["commit"], None)
+    return ", ".join([commit_of(record), *(commit[:7] for commit in later)])
 
 
 def _seeds(record: dict[str, Any]) -> str:
