@@ -57,3 +57,25 @@ def test_without_triggers(backend, poison):
     expected, expected_labels = inject(images, params, lut, backend="reference")
     assert_same_bits(out.cpu(), expected, name="plain")
     assert torch.equal(labels.cpu(), expected_labels)
+
+
+@pytest.mark.parametrize("shape", ["cifar", "imagenet"])
+def test_the_number_of_threads_does_not_matter(shape):
+    """Large enough that the work is shared, unevenly: triggers of every cost in one batch."""
+    cpu = torch.device("cpu")
+    if "cpu" not in backends.available("inject", cpu):
+        pytest.skip("the CPU ops are not built")
+    (images, params, lut, chosen), size = case(shape)
+    params = params.repeat(8, 1)
+    params[:, 4] = (torch.arange(len(params)) % (len(chosen.table) + 1) - 1).int()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(inject(images, params, lut, chosen, size=size, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for got, labels in results[1:]:
+        assert_same_bits(got, results[0][0], name=shape)
+        assert torch.equal(labels, results[0][1])
