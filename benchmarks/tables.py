@@ -165,8 +165,7 @@ def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
             rows = [row for case in record["cases"] if case["op"] == op for row in rows_of(case)]
             if rows:
                 found.append(f"{bench_title(record)}\n\n{table(header, rows)}")
-            if rows and note(record):
-                found.append(note(record))
+                found += filter(None, [note(record)])
         parts += found or [f"Not yet measured on a {place}."]
     return "\n\n".join(parts)
 
@@ -182,6 +181,7 @@ def newest_cases(device, suite):
 
 
 def case_key(case):
+    """Without the number of threads: a case measured anew on another is not shown twice."""
     return case["op"], case.get("family"), *case["shape"], case["dtype"]
 
 

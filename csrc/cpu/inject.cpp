@@ -66,7 +66,23 @@ void check_trigger(Call& call, int32_t trigger) {
                     "; use the tables of fst_fast.triggers.lower");
 }
 
-// How many times as long as an image without a trigger this one takes, about.
+void check_rows(Call& call, int64_t batch) {
+  call.mapped.resize(call.tables.triggers);
+  std::vector<bool> seen(call.tables.triggers);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* row = call.params + b * kParams;
+    check_within("source", row[kSource], 0, call.image_count, "images", b);
+    check_within("trigger", row[kTrigger], -1, call.tables.triggers, "triggers.table", b);
+    if (row[kTrigger] < 0) continue;
+    if (call.tables.table[row[kTrigger] * kFields + kFlags] & kLookup) {
+      check_within("key", row[kKey], 0, call.tables.lookup_count, "triggers.lookup", b);
+    }
+    if (!seen[row[kTrigger]]) check_trigger(call, row[kTrigger]);
+    seen[row[kTrigger]] = true;
+  }
+}
+
+// How many times as long as an image without a trigger this checked row takes, about.
 double cost(const Call& call, const int32_t* params) {
   if (params[kTrigger] < 0) return 1;
   if (is_patch(call.tables, params, call.mapped[params[kTrigger]])) return 1;
@@ -75,27 +91,6 @@ double cost(const Call& call, const int32_t* params) {
   if (flags & kYCrCb) return 6;
   if (flags & kMapped) return 4;
   return flags & kGather ? 2 : 1;
-}
-
-// Returns the cost of all rows.
-double check_rows(Call& call, int64_t batch) {
-  call.mapped.resize(call.tables.triggers);
-  std::vector<bool> seen(call.tables.triggers);
-  double total = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int32_t* row = call.params + b * kParams;
-    check_within("source", row[kSource], 0, call.image_count, "images", b);
-    check_within("trigger", row[kTrigger], -1, call.tables.triggers, "triggers.table", b);
-    if (row[kTrigger] >= 0) {
-      if (call.tables.table[row[kTrigger] * kFields + kFlags] & kLookup) {
-        check_within("key", row[kKey], 0, call.tables.lookup_count, "triggers.lookup", b);
-      }
-      if (!seen[row[kTrigger]]) check_trigger(call, row[kTrigger]);
-      seen[row[kTrigger]] = true;
-    }
-    total += cost(call, row);
-  }
-  return total;
 }
 
 #ifdef FST_FAST_X86_LEVELS
@@ -241,9 +236,14 @@ std::tuple<at::Tensor, at::Tensor> inject_cpu(const at::Tensor& images, const at
   call.params = params.const_data_ptr<int32_t>();
   call.tables = tables_of(table, noise, patterns, maps, sources, coords, lookup);
   call.channels_last = channels_last;
-  const double work = check_rows(call, batch) * call.shown.bytes();
+  check_rows(call, batch);
   auto* label = labels.mutable_data_ptr<int64_t>();
-  for (int64_t b = 0; b < batch; ++b) label[b] = call.params[b * kParams + kLabel];
+  double work = 0;  // in bytes without a trigger
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* row = call.params + b * kParams;
+    label[b] = row[kLabel];
+    work += cost(call, row) * call.shown.bytes();
+  }
   const auto grain = std::max<int64_t>(1, static_cast<int64_t>(batch * kGrainBytes / work));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, lut.scalar_type(), "inject", [&] {
     const auto* levels = lut.const_data_ptr<scalar_t>();

@@ -190,7 +190,8 @@ def _jobs(options: argparse.Namespace) -> list[end2end.End2EndCase]:
         raise ValueError(f"--seeds must be at least 2, for a spread, got {seeds}")
     if options.test_images is not None and options.test_images < 1:
         raise ValueError(f"--test-images must be at least 1, got {options.test_images}")
-    chosen = options.checkpoint or (jobs.NEEDS_NOTHING[:1] if options.quick else jobs.NEEDS_NOTHING)
+    default = jobs.NEEDS_NOTHING[:1] if options.quick else jobs.NEEDS_NOTHING
+    chosen = options.checkpoint or default
     for name in chosen:
         jobs.check(name, options.data)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,14 +17,14 @@ from fst_fast.profiling import STEPS, StepProfile
 from fst_fast.purify import purify
 
 from .ladder import ALPHA, LR, Rung
-from .loop_cases import BATCH, Inputs, LoopCase
+from .loop_cases import Inputs, LoopCase
 from .timing import EventTimer, capture, percentile
 
-# The first checks every image, or records, and is left out.
-EPOCHS = 3
-# One pair of a pass and a step varies by several percent on a machine that others use as well.
+# On a CPU: one pair of a pass and a step varies by several percent where others work as well. The
+# epoch before them checks every image, and is left out.
 PAIRS = 48
-# Blocks of them, on a GPU.
+# On a GPU: at least so many, of which the first records and is left out; and blocks of replays.
+EPOCHS = 3
 REPLAYS = 20
 
 
@@ -80,7 +81,7 @@ def overhead(
         found.append(PairedSteps(loader, inputs, how))
         return found[-1]
 
-    epochs = 1 + -(-PAIRS // -(-case.images // BATCH))
+    epochs = 1 + math.ceil(PAIRS / len(inputs.device_loader(True)))
     rung.run(replace(inputs, around=around), replace(case, epochs=epochs), True, how)
     steps, passes = (
         [1e6 * seconds for epoch in kept[1:] for seconds in epoch]

@@ -59,9 +59,10 @@ def write(record: Mapping[str, Any], folder: Path) -> Path:
     commit = (record["commit"] or "unknown")[:7]
     directory = folder / record["device"]["type"]
     directory.mkdir(parents=True, exist_ok=True)
-    start = f"{record['date']}-{commit}"
-    tried = itertools.chain([start], (f"{start}-{number}" for number in itertools.count(2)))
-    paths = (directory / f"{name}-{record['suite']}.json" for name in tried)
-    path = next(path for path in paths if not path.exists())
+    for number in itertools.count(1):
+        again = f"-{number}" if number > 1 else ""
+        path = directory / f"{record['date']}-{commit}{again}-{record['suite']}.json"
+        if not path.exists():
+            break
     replace_file(path, dump_json(record))
     return path
