@@ -1,4 +1,5 @@
 # make demo, make test: each sets up a virtual environment first. No GPU is needed.
+# make test ROOM=heads runs the tests of one room.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -28,7 +29,7 @@ demo: $(STAMP)
 	$(PY) -m fst_fast demo --seed $(SEED) --out $(OUT)
 
 test: $(STAMP)
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -43,7 +44,7 @@ format: $(STAMP)
 
 # Hostile files, crashes and broken data, in full; make test runs a short part of it.
 hostile: $(STAMP)
-	PYTHONPATH=tests $(PY) -m hostile
+	PYTHONPATH=tests:tests/support $(PY) -m hostile
 	$(PY) benchmarks/tables.py
 
 # Writes the tables of README.md and docs/ from the records under benchmarks/results.

@@ -217,7 +217,10 @@ class BuildNative(BuildExtension):
 setup(
     packages=[*find_packages(include=["fst_fast", "fst_fast.*"]), "fst_fast.kernels"],
     package_dir={"fst_fast.kernels": "kernels"},
-    package_data={"fst_fast": ["py.typed"], "fst_fast.report": ["page.html.jinja", "page.css"]},
+    package_data={
+        "fst_fast": ["py.typed"],
+        "fst_fast.measure.report": ["page.html.jinja", "page.css"],
+    },
     ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

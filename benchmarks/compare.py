@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from fst_fast.bench.table import time as microseconds
-from fst_fast.progress import table_console
+from fst_fast.tuning.progress import table_console
 
 THRESHOLD = 1.10
 SPEEDUP = "speedup_over_"

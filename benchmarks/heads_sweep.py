@@ -92,7 +92,7 @@ def true_heads(architecture, model):
 
 def find(architecture):
     """find_head on meta; with real weights where the forward turns out to need values."""
-    from fst_fast.heads import find_head
+    from fst_fast.heads.find import find_head
 
     for device in ("meta", "cpu"):
         try:
@@ -135,7 +135,7 @@ def judge(architecture):
 @torch.no_grad()
 def verify(architecture):
     """Zeroed head -> zero logits; bias (or weight row) of class k raised -> only logit k moves."""
-    from fst_fast.heads import find_head
+    from fst_fast.heads.find import find_head
 
     torch.manual_seed(0)
     model = build(architecture, "cpu").eval()

@@ -18,7 +18,7 @@ from ladder_tables import (
 from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import error_ratio, size
 from fst_fast.bench.table import time as microseconds
-from fst_fast.lab import outcome
+from fst_fast.sweep import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,7 +46,7 @@ def efficacy():
     parts = []
     for record in newest("*/*-efficacy-*-images.json"):
         title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
-        parts.append(f"{title}\n\n{table(*outcome.by_suspect(record))}")
+        parts.append(f"{title}\n\n{table(*tables.by_suspect(record))}")
     return "\n\n".join(parts) or "Not yet measured."
 
 
@@ -56,9 +56,9 @@ def evidence():
     parts = [
         "\n\n".join(
             [
-                f"{outcome.about(record)}:",
-                table(*outcome.by_suspect(record)),
-                table(*outcome.by_method(record)),
+                f"{tables.about(record)}:",
+                table(*tables.by_suspect(record)),
+                table(*tables.by_method(record)),
             ]
         )
         for record in found

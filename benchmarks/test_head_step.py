@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fst_fast import backends
-from fst_fast.ops import head_step_
+from fst_fast.ops import backends, head_step_
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from check import assert_no_worse_than_torch
 
 SHAPES = [(10, 512), (200, 512), (1000, 512), (21841, 768)]

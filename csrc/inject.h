@@ -10,7 +10,7 @@
 #define FST_FAST_BOTH inline
 #endif
 
-// inject as fst_fast/reference/inject.py defines it: what the CPU and CUDA kernels share.
+// inject as fst_fast/ops/reference/inject.py defines it: what the CPU and CUDA kernels share.
 namespace fst_fast::inject {
 
 // Columns of params, and of the triggers' table.

@@ -1,15 +1,20 @@
 """fst_fast: remove backdoors from image classifiers with Feature Shift Tuning."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from . import heads, methods, ops, triggers
-from .augment import Augment
-from .checkpoint import LoadError, load
-from .data import DeviceLoader
-from .drop_in import HeadDeviationLoss
-from .evaluate import Metrics, evaluate
-from .many import Outcome, purify_many
-from .projection import attach
-from .purify import purify
-from .result import HeadShift, PurifyResult
+from .checkpoints import LoadError, load
+from .data.augment import Augment
+from .data.device_loader import DeviceLoader
+from .measure.evaluate import Metrics, evaluate
+from .methods.criterion import HeadDeviationLoss
+from .methods.projection import attach
+from .tuning.many import Outcome, purify_many
+from .tuning.purify import purify
+from .tuning.result import HeadShift, PurifyResult
 
 __version__ = "0.1.0"
 
@@ -25,6 +30,7 @@ __all__ = [
     "attach",
     "evaluate",
     "heads",
+    "lab",
     "load",
     "methods",
     "ops",
@@ -32,3 +38,10 @@ __all__ = [
     "purify_many",
     "triggers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``fst_fast.lab`` at its first use: purifying does not need it."""
+    if name == "lab":
+        return importlib.import_module(".lab", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

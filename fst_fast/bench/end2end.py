@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fst_fast.data import DeviceLoader
-from fst_fast.evaluate import evaluate
+from fst_fast.data.device_loader import DeviceLoader
+from fst_fast.measure.evaluate import evaluate
 from fst_fast.methods.fst_auto import FSTAuto
-from fst_fast.purify import purify
+from fst_fast.tuning.purify import purify
 
 from . import flops, jobs, machine, plain, suite, timing
 from .jobs import Job

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fst_fast import triggers
 from fst_fast.ops import TriggerTables
-from fst_fast.pixels import normalize_table
-from fst_fast.reference import inject as truth
+from fst_fast.ops.reference import inject as truth
+from fst_fast.triggers.pixels import normalize_table
 
 from .cases import DTYPES
 

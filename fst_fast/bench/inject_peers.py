@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fst_fast.ops import inject
-from fst_fast.reference import inject as truth
+from fst_fast.ops.reference import inject as truth
 
 from . import inject_pil, peers
 from .inject_cases import MEAN, PAD, STD, InjectCase, InjectInputs

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fst_fast.reference import inject as truth
+from fst_fast.ops.reference import inject as truth
 
 from .inject_cases import MEAN, PAD, STD, InjectInputs
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fst_fast import checkpoint
-from fst_fast.augment import Augment
-from fst_fast.files import strict_json
-from fst_fast.lab import datasets
-from fst_fast.lab.datasets import ImageSet
+from fst_fast import checkpoints
+from fst_fast.checkpoints.atomic_files import strict_json
+from fst_fast.data import image_sets
+from fst_fast.data.augment import Augment
+from fst_fast.data.image_sets import ImageSet
 from fst_fast.lab.demo import DemoSettings
 from fst_fast.lab.models import resnet8, resnet18
 from fst_fast.lab.suspect import Attack, train_suspect
 from fst_fast.lab.train import TrainSettings
-from fst_fast.pixels import Normalization
 from fst_fast.triggers import BadNets
+from fst_fast.triggers.pixels import Normalization
 
 DEMO = DemoSettings()
 SEED = 0
@@ -170,13 +170,13 @@ def make(
     """
     plan = PLANS[name].quick() if quick else PLANS[name]
     if plan.source == "digits":
-        everything = datasets.digits()
+        everything = image_sets.digits()
         parts = everything.split(DEMO.training_images, plan.clean_images, seed=SEED)
         (training, clean, test), normalize = parts, everything.statistics()
         model = _trained(plan, training, normalize, torch.device("cpu"))
     else:
         assert data is not None
-        training, test = (datasets.npz(data / file) for file in DATA_FILES)
+        training, test = (image_sets.npz(data / file) for file in DATA_FILES)
         normalize = CIFAR10
         clean = training.split(plan.clean_images, seed=SEED)[0]
         kept = None if folder is None or quick else folder / f"{name}.safetensors"
@@ -219,9 +219,9 @@ def _kept(plan: Plan, path: Path | None, train: Callable[[], nn.Module]) -> nn.M
                 f"--checkpoints must hold suspects made as this version makes them, got {path} "
                 "made otherwise; remove it, or name another folder"
             )
-        return checkpoint.load(path, plan.build())
+        return checkpoints.load(path, plan.build())
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.check_writable(path)
+    checkpoints.check_writable(path)
     model = train()
-    checkpoint.save(path, model, {"made": plan.made()})
+    checkpoints.save(path, model, {"made": plan.made()})
     return model

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fst_fast.evaluate import evaluate
-from fst_fast.graphs import MOST_STEPS
-from fst_fast.inputs import resolve_precision
-from fst_fast.purify import purify
+from fst_fast.data.batches import resolve_precision
+from fst_fast.measure.evaluate import evaluate
 from fst_fast.triggers import BadNets
+from fst_fast.tuning.cuda_graphs import MOST_STEPS
+from fst_fast.tuning.purify import purify
 
 from . import loop_cases, peers, plain
 from .loop_cases import NORMALIZE, Inputs, LoopCase

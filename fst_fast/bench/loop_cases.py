@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fst_fast.augment import Augment
-from fst_fast.data import DeviceLoader
-from fst_fast.lab.datasets import ImageSet
+from fst_fast.data.augment import Augment
+from fst_fast.data.device_loader import DeviceLoader
+from fst_fast.data.image_sets import ImageSet
 from fst_fast.lab.models import resnet18
 
 from . import flops, plain

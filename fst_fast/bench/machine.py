@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fst_fast import backends, checkpoint
+from fst_fast import checkpoints
+from fst_fast.ops import backends
 
 COPY_BYTES = 256 * 2**20
 REPEATS = 5
@@ -111,7 +112,7 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """As in a checkpoint's manifest, and those of the peers that are installed."""
-    out = checkpoint.versions()
+    out = checkpoints.versions()
     for name in PEERS:
         try:
             out[name] = importlib.metadata.version(name)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fst_fast.inputs import autocast
-from fst_fast.profiling import STEPS, StepProfile
-from fst_fast.purify import purify
+from fst_fast.data.batches import autocast
+from fst_fast.tuning.profiling import STEPS, StepProfile
+from fst_fast.tuning.purify import purify
 
 from .ladder import ALPHA, LR, Rung
 from .loop_cases import Inputs, LoopCase

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fst_fast import backends
-from fst_fast.ops import head_deviation_loss, head_step_
+from fst_fast.ops import backends, head_deviation_loss, head_step_
 
 from .cases import ALPHA, MOMENTUM, Case, LossCase, LossInputs, StepInputs
 

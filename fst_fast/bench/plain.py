@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fst_fast.augment import Augment
-from fst_fast.heads import logits_of
-from fst_fast.inputs import autocast
-from fst_fast.lab.datasets import ImageSet
+from fst_fast.data.augment import Augment
+from fst_fast.data.batches import autocast
+from fst_fast.data.image_sets import ImageSet
+from fst_fast.heads.find import logits_of
 from fst_fast.methods.base import HeadState
-from fst_fast.pixels import Normalization
 from fst_fast.triggers import Trigger
+from fst_fast.triggers.pixels import Normalization
 
 Change = Callable[[Any], Any]
 

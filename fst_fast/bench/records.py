@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fst_fast
-from fst_fast.files import dump_json, replace_file, strict_json
+from fst_fast.checkpoints.atomic_files import dump_json, replace_file, strict_json
 
 ROOT = Path(fst_fast.__file__).parents[1]
 # What a measurement depends on; a new record beside them leaves them as they are.

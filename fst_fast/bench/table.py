@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fst_fast.progress import table_console
+from fst_fast.tuning.progress import table_console
 
 from .records import commit_of
 

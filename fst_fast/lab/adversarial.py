@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import DeviceLoader
-from ..heads import logits_of
-from ..inputs import resolve_device, safe_layout
-from ..pixels import Normalization, normalize_affine
-from ..state import evaluating
+from ..data.batches import resolve_device, safe_layout
+from ..data.device_loader import DeviceLoader
+from ..heads.contexts import evaluating
+from ..heads.find import logits_of
 from ..triggers.base import check_images
+from ..triggers.pixels import Normalization, normalize_affine
 
 BATCH = 500
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import triggers
 from ..triggers import Trigger
-from .poison import Prepare
+from ..triggers.poison import Prepare
 from .suspect import Attack
 
 # Every image that is not poisoned.
@@ -29,9 +29,9 @@ class Recipe:
         trigger: its name in ``triggers.ZOO``; None poisons nothing.
         settings: of the trigger.
         rate: the published share of poisoned images.
-        relabel: as of :func:`fst_fast.poisoning.plan`.
+        relabel: as of :func:`fst_fast.triggers.poisoning.plan`.
         cover: images with the trigger's cover, as a multiple of the rate; REST is all others.
-        negatives: images of :func:`~fst_fast.lab.poison.poison`'s kind, likewise.
+        negatives: images of :func:`~fst_fast.triggers.poison.poison`'s kind, likewise.
         crops: whether the victim's training crops and flips. A crop moves what is put on before
             it, which some attacks do not survive.
         epochs: of the victim's training.
@@ -138,7 +138,7 @@ def attack_of(
         count: images of the training set.
         target: the attacker's class.
         relabel: in place of the recipe's.
-        prepare: as of :func:`~fst_fast.lab.poison.poison`.
+        prepare: as of :func:`~fst_fast.triggers.poison.poison`.
     Raises:
         ValueError: a rate that poisons nothing.
     """

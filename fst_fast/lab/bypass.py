@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..heads import find_head
+from ..heads.find import find_head
 
 # Of the discriminator: widths of its hidden layers, and Adam's learning rate.
 HIDDEN = (256, 128)

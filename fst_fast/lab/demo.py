@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..augment import Augment
-from ..data import DeviceLoader
-from ..evaluate import Metrics, evaluate
+from ..data.augment import Augment
+from ..data.device_loader import DeviceLoader
+from ..data.image_sets import ImageSet, digits
+from ..measure.evaluate import Metrics, evaluate
 from ..methods import Method
 from ..methods.fst import FST
 from ..methods.ft import FT
-from ..pixels import Normalization
-from ..purify import purify
-from ..result import PurifyResult
 from ..triggers import BadNets, Trigger
-from .datasets import ImageSet, digits
+from ..triggers.pixels import Normalization
+from ..tuning.purify import purify
+from ..tuning.result import PurifyResult
 from .models import resnet8
 from .suspect import Attack, train_suspect
 from .train import TrainSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import architectures
+from ..checkpoints import architectures
 from . import models
 
 # Name on the command line -> function in fst_fast.lab.models.
@@ -33,7 +33,7 @@ class Network:
     options: dict[str, Any]
 
     def build(self, num_classes: int) -> nn.Module:
-        """The untrained model; raises as :func:`fst_fast.architectures.build`."""
+        """The untrained model; raises as :func:`fst_fast.checkpoints.architectures.build`."""
         return architectures.build(self.arch, num_classes, **self.options)
 
     @property

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..augment import Augment
-from ..data import DeviceLoader
-from ..folding import folded
-from ..heads import logits_of
-from ..inputs import autocast, resolve_device, resolve_precision, safe_layout
-from ..pixels import Normalization, normalize_affine, normalize_bytes
-from ..state import evaluating, seeded
+from ..data.augment import Augment
+from ..data.batches import autocast, resolve_device, resolve_precision, safe_layout
+from ..data.device_loader import DeviceLoader
+from ..data.image_sets import ImageSet
+from ..heads.contexts import evaluating, seeded
+from ..heads.find import logits_of
+from ..measure.fold_batchnorm import folded
 from ..triggers import Trigger
-from .datasets import ImageSet
+from ..triggers.pixels import Normalization, normalize_affine, normalize_bytes
 
 # Of the attack by queries: greatest change of a pixel in units of 0..1, and the weight of the
 # divergence.

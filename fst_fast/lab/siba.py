@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import DeviceLoader
-from ..heads import logits_of
-from ..inputs import autocast, memory_layout, resolve_device, resolve_precision
-from ..pixels import Normalization, normalize_affine
+from ..data.batches import autocast, memory_layout, resolve_device, resolve_precision
+from ..data.device_loader import DeviceLoader
+from ..heads.find import logits_of
 from ..triggers.base import check_images
+from ..triggers.pixels import Normalization, normalize_affine
 
 # Of epsilon, for each step: the paper's.
 STEP = 0.8

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..augment import Augment
-from ..data import DeviceLoader
-from ..pixels import Normalization
+from ..data.augment import Augment
+from ..data.device_loader import DeviceLoader
+from ..data.image_sets import ImageSet
 from ..triggers import Trigger
+from ..triggers.pixels import Normalization
+from ..triggers.poison import Poisoned, Prepare, poison
 from .bypass import Bypass, marked
-from .datasets import ImageSet
-from .poison import Poisoned, Prepare, poison
 from .train import TrainSettings, train
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Poisoning with one trigger; see :func:`fst_fast.lab.poison.poison`.
+    """Poisoning with one trigger; see :func:`fst_fast.triggers.poison.poison`.
 
     ``bypass`` is the weight with which training hides it: :class:`~fst_fast.lab.bypass.Bypass`.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import DeviceLoader
-from ..inputs import safe_layout
+from ..data.batches import safe_layout
+from ..data.device_loader import DeviceLoader
 
 # Told the model, images [B, C, H, W] and labels [B]: the loss, a scalar.
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -1,21 +1,30 @@
-"""Tuning methods, one to a file: the file's name is the method's name."""
+"""Tuning methods: what is minimised and held, in our loop or in somebody else's."""
 
-import importlib
-import pkgutil
+from __future__ import annotations
+
 from typing import Any
 
 from .base import HeadState, Method
+from .fe import FE
+from .fst import FST
+from .fst_auto import FSTAuto
+from .ft import FT
+from .ft_init import FTInit
+from .lp import LP
+
+# Every method that has a name. A method's file holds the method's name as ``Method.name``.
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (FE, FST, FSTAuto, FT, FTInit, LP)
+}
 
 
 def available() -> tuple[str, ...]:
-    """The names of all methods, from the files of this folder."""
-    return tuple(
-        sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-    )
+    """Return the names of all methods, sorted."""
+    return tuple(sorted(METHODS))
 
 
 def get(name: str, **settings: Any) -> Method:
-    """The method of this name with the given settings.
+    """Return the method of this name with the given settings.
 
     ``alpha="auto"`` makes "fst" "fst_auto", and is the same as none for any other.
 
@@ -25,17 +34,9 @@ def get(name: str, **settings: Any) -> Method:
     if settings.get("alpha") == "auto":
         del settings["alpha"]
         name = "fst_auto" if name == "fst" else name
-    if name not in available():
+    if name not in METHODS:
         raise ValueError(f"purify: method must be one of {list(available())}, got {name!r}")
-    module = importlib.import_module(f".{name}", __name__)
-    kinds = [
-        kind
-        for kind in vars(module).values()
-        if isinstance(kind, type)
-        and issubclass(kind, Method)
-        and kind.__module__ == module.__name__
-    ]
-    (kind,) = kinds
+    kind = METHODS[name]
     unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -44,4 +45,4 @@ def get(name: str, **settings: Any) -> Method:
     return kind(**settings)
 
 
-__all__ = ["HeadState", "Method", "available", "get"]
+__all__ = ["METHODS", "HeadState", "Method", "available", "get"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..heads import head_matrix
+from ..heads.find import head_matrix
 from ..ops import head_step_
 
 

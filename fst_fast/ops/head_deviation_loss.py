@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fst_fast import backends
-from fst_fast.ops._dtypes import compute_dtype
-from fst_fast.ops._head_deviation_check import NAME, check
+from fst_fast.ops import backends
+from fst_fast.ops.dtypes import compute_dtype
+from fst_fast.ops.head_deviation_check import NAME, check
 
 
 class HeadDeviation(NamedTuple):

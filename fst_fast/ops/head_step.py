@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fst_fast import backends
-from fst_fast.ops._dtypes import DTYPES, compute_dtype
+from fst_fast.ops import backends
+from fst_fast.ops.dtypes import DTYPES, compute_dtype
 
 
 def head_step_(

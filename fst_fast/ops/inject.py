@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fst_fast import backends
-from fst_fast.ops._inject_check import check, check_rows
+from fst_fast.ops import backends
+from fst_fast.ops.inject_check import check, check_rows
 
 
 class TriggerTables(NamedTuple):
@@ -87,7 +87,7 @@ def inject(
             ``4 * (4 * h // H) + 4 * w // W`` set where the trigger is left out; ``key`` is the
             row of ``triggers.lookup``, or chooses the noise.
         lut: [C, 256] float32, bfloat16 or float16: the input value of each byte; its dtype is the
-            output's. See :func:`fst_fast.pixels.normalize_table`.
+            output's. See :func:`fst_fast.triggers.pixels.normalize_table`.
         triggers: None for none.
         size: (height, width) of the output; None for the images' own.
         channels_last: memory layout of the output; False for contiguous.

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import checkpoint
-from ..data import DeviceLoader
-from ..evaluate import Metrics, evaluate
-from ..files import dump_json, replace_file, strict_json
-from ..lab.datasets import ImageSet
-from ..progress import EpochRecord
-from ..purify import purify
-from ..result import PurifyResult
+from .. import checkpoints
+from ..checkpoints.atomic_files import dump_json, replace_file, strict_json
+from ..data.device_loader import DeviceLoader
+from ..data.image_sets import ImageSet
+from ..measure.evaluate import Metrics, evaluate
+from ..tuning.progress import EpochRecord
+from ..tuning.purify import purify
+from ..tuning.result import PurifyResult
 from .config import Config, Suspect
 from .folder import SweepFolder
 from .plan import Cell, Material
@@ -110,7 +110,7 @@ class Worker:
 
     def _purify(self, cell: Cell, row: dict[str, Any], on_epoch: OnEpoch) -> Row:
         suspect, config, computed = cell.suspect, self.config, self.plan["computed"]
-        model = checkpoint.load(
+        model = checkpoints.load(
             suspect.path, suspect.arch, suspect.num_classes, **suspect.arch_options
         )
         before = self._before(suspect, model)
@@ -200,5 +200,5 @@ class Worker:
         if self.config.weights:
             result.save(path, **facts)
             return
-        manifest = {"versions": checkpoint.versions(), **result.manifest(**facts)}
+        manifest = {"versions": checkpoints.versions(), **result.manifest(**facts)}
         replace_file(path.with_suffix(".json"), dump_json(strict_json(manifest, "manifest")))

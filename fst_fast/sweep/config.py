@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from .. import methods, triggers
-from ..pixels import Normalization
 from ..triggers import Trigger
+from ..triggers.pixels import Normalization
 from . import values
 from .values import Keys
 

@@ -11,8 +11,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..evaluate import Metrics
-from ..files import TEMPORARIES, dump_json, read_object, replace_file, strict_json
+from ..checkpoints.atomic_files import (
+    TEMPORARIES,
+    dump_json,
+    read_object,
+    replace_file,
+    strict_json,
+)
+from ..measure.evaluate import Metrics
 from .config import Suspect
 from .plan import FORMAT, Cell, differences
 from .rows import Row

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from .. import architectures, checkpoint, methods
-from ..files import sha256, strict_json
-from ..inputs import resolve_precision
-from ..lab import datasets
-from ..lab.datasets import ImageSet
+from .. import checkpoints, methods
+from ..checkpoints import architectures
+from ..checkpoints.atomic_files import sha256, strict_json
+from ..data import image_sets
+from ..data.batches import resolve_precision
+from ..data.image_sets import ImageSet
 from ..methods import Method
 from ..triggers import Trigger
 from .config import Config, Suspect, takes_alpha
@@ -101,7 +102,7 @@ def load_material(config: Config) -> Material:
 
 def _images(key: str, path: Path, size: int | None) -> ImageSet:
     try:
-        return datasets.read(path, size)
+        return image_sets.read(path, size)
     except ValueError as error:
         raise ValueError(
             f"sweep: {key} must be a folder with one sub-folder of images per class, or an .npz, "
@@ -176,7 +177,7 @@ def plan_of(config: Config, material: Material, device: torch.device) -> dict[st
             "test": None if material.test is None else material.test.describe(),
             "device": device.type,
             "computed": {"precision": precision, "threads": threads},
-            "versions": checkpoint.versions(),
+            "versions": checkpoints.versions(),
         },
         "plan",
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..progress import Bar, EpochRecord, table_console
+from ..tuning.progress import Bar, EpochRecord, table_console
 from .plan import Cell
 from .rows import NOT_MEASURED, Row
 
@@ -17,7 +17,7 @@ class SweepProgress(Bar):
 
     Args:
         total: number of cells.
-        enabled, console: as of :class:`~fst_fast.progress.Bar`.
+        enabled, console: as of :class:`~fst_fast.tuning.progress.Bar`.
     """
 
     def __init__(self, total: int, enabled: bool, console: Console | None = None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..checkpoints.atomic_files import replace_file
 
 NOT_MEASURED = "not measured"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arrangement import threads_of
-from ..inputs import resolve_device
+from ..data.batches import resolve_device
+from ..tuning.autotune import threads_of
 from .cells import Worker
 from .config import Config, read_config
 from .folder import SweepFolder, claimed

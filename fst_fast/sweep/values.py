@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .._cli_values import NORMALIZATIONS
-from ..pixels import Normalization
+from ..data.normalization import NORMALIZATIONS
+from ..triggers.pixels import Normalization
 
 T = TypeVar("T")
 Check = Callable[[Any], T]

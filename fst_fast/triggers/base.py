@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..reference import inject as truth
+from ..ops.reference import inject as truth
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..pixels import Normalization, normalize_bytes, recover_bytes
-from ..state import evaluating
+from ..heads.contexts import evaluating
 from .base import Trigger
+from .pixels import Normalization, normalize_bytes, recover_bytes
 
 # Images that go through the networks at a time.
 BATCH = 256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import TriggerTables
-from ..reference import inject as truth
+from ..ops.reference import inject as truth
 from .base import Chroma, Elementwise, Gather, Trigger, Warp
 
 # Pattern entries are int16.

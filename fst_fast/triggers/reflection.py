@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference.inject import uniform
+from ..ops.reference.inject import uniform
 from ._settings import check_number, check_pattern
 from .base import Trigger
 

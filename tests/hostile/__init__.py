@@ -1,1 +1,1 @@
-"""Hostile files, crashes and broken data: ``PYTHONPATH=tests python -m hostile [SUITE ...]``."""
+"""Hostile files, crashes and broken data: ``PYTHONPATH=tests:tests/support python -m hostile``."""

@@ -16,7 +16,7 @@ import safetensors
 import torch
 from purify_cases import make_batches, make_model, quick
 
-from fst_fast import resume
+from fst_fast.tuning import resume
 
 from . import alone, injector
 from .pairs import writes_of_a_model

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fst_fast import sandbox
-from fst_fast.checkpoint import LoadError, read_state_dict, save
+from fst_fast.checkpoints import reader_client
+from fst_fast.checkpoints.load import LoadError, read_state_dict, save
 
 from . import bombs, fuzz, pickles, targets
 from .records import row
@@ -71,7 +71,7 @@ def bomb_rows(folder, step):
         before = parent_peak(reset=True)
         not_refused += verdict(path) != "refused"
         path.unlink()
-        in_reader = sandbox.peak_bytes() - base if suffix == ".pt" else 0
+        in_reader = reader_client.peak_bytes() - base if suffix == ".pt" else 0
         added = parent_peak() - before + max(0, in_reader)
         most = max(most, (added - 2 * len(data)) / MB)
     return [
@@ -88,7 +88,7 @@ def reader_peak(folder):
     path = Path(folder) / "tiny.pt"
     torch.save({"w": torch.ones(2)}, path)
     read_state_dict(path)
-    return sandbox.peak_bytes()
+    return reader_client.peak_bytes()
 
 
 def parent_peak(reset=False):

@@ -6,8 +6,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-from fst_fast.guard import Guard
 from fst_fast.lab.models import resnet18
+from fst_fast.tuning.nonfinite import Guard
 
 from .records import row
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fst_fast.lab import datasets
-from fst_fast.lift import lift
+from fst_fast.data import image_sets
+from fst_fast.data.torch_pipeline.lift import lift
 
 from . import pictures
 from .records import row
@@ -47,7 +47,7 @@ def _fault(made):
     return None
 
 
-def broken_folders(count, root, read=datasets.folder):
+def broken_folders(count, root, read=image_sets.folder):
     """Outcomes of as many folders of one image, each broken at random."""
     files, draw = list(pictures.whole().values()), random.Random(0)
     path = root / "a" / "broken.png"
@@ -65,7 +65,7 @@ def broken_loaders(count, root):
 
     def read():
         found = lift(DataLoader(ImageFolder(root, transforms.ToTensor())))
-        return datasets.ImageSet(found.images, found.labels, ("b",))
+        return image_sets.ImageSet(found.images, found.labels, ("b",))
 
     for _ in range(count):
         path.write_bytes(pictures.mutated(draw, files))
@@ -86,7 +86,7 @@ def broken_archives(count, root):
             path.write_bytes(pictures.mutated(draw, archives))
         else:
             np.savez(path, **pictures.arrays(same, draw))
-        yield outcome(lambda: datasets.npz(path), path)
+        yield outcome(lambda: image_sets.npz(path), path)
 
 
 def refusals(root):
@@ -96,7 +96,7 @@ def refusals(root):
     for name, (data, said) in pictures.refused().items():
         path.write_bytes(data)
         try:
-            datasets.folder(root)
+            image_sets.folder(root)
             yield f"{name}: read"
         except ValueError as error:
             right = path.name in str(error) and re.search(said, str(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fst_fast import checkpoint
+from fst_fast import checkpoints
 
 from . import injector
 
@@ -17,11 +17,11 @@ def writes_of_a_model(root, old, act=injector.die, lasting=False):
     def fresh():
         path = Path(tempfile.mkdtemp(dir=root)) / "m.safetensors"
         if old:
-            checkpoint.save(path, weights(1), {"seed": 1})
+            checkpoints.save(path, weights(1), {"seed": 1})
         return path
 
     def save_at(path):
-        return lambda tell: (checkpoint.save(path, weights(2), {"seed": 2}), tell("saved"))
+        return lambda tell: (checkpoints.save(path, weights(2), {"seed": 2}), tell("saved"))
 
     for nth in range(1, injector.calls_of(save_at(fresh())) + 1):
         path = fresh()
@@ -40,8 +40,8 @@ def fault_of_pair(path, old, ended):
     if not path.exists():
         return "the old model is lost" if old else None
     try:
-        value = checkpoint.read_state_dict(path)["w"][0].item()
-    except checkpoint.LoadError as error:
+        value = checkpoints.read_state_dict(path)["w"][0].item()
+    except checkpoints.LoadError as error:
         return f"unreadable: {error}"
     if manifest.exists() and json.loads(manifest.read_text())["seed"] != value:
         return "a manifest beside another's model"

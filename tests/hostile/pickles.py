@@ -134,8 +134,11 @@ CALLS = {
     "torch's own os": lambda c: ("torch.serialization", "os.system", shell(c)),
     "torch.storage's pickle": lambda c: ("torch.storage", "_load_from_bytes", b"C\x01x"),
     "torch's package": lambda c: ("torch.package", "PackageImporter", c),
-    "this package": lambda c: ("fst_fast.files", "write_temporary", c, "x"),
-    "this package's stand-in": lambda c: ("fst_fast._pickles", "Ignored.__init__.__globals__"),
+    "this package": lambda c: ("fst_fast.checkpoints.atomic_files", "write_temporary", c, "x"),
+    "this package's stand-in": lambda c: (
+        "fst_fast.checkpoints.pickle_reader",
+        "Ignored.__init__.__globals__",
+    ),
 }
 PLACES = {
     "bare": lambda bad: bad,

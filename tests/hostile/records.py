@@ -4,9 +4,9 @@ import os
 import platform
 import time
 
-from fst_fast import checkpoint
+from fst_fast import checkpoints
 from fst_fast.bench.records import default_folder, sources
-from fst_fast.files import dump_json, replace_file, strict_json
+from fst_fast.checkpoints.atomic_files import dump_json, replace_file, strict_json
 
 
 def row(what, count, found, limit=0):
@@ -29,7 +29,7 @@ def write(suite, rows, seconds, folder=None):
         "time": time.time(),
         "seconds": round(seconds, 1),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": checkpoint.versions(),
+        "versions": checkpoints.versions(),
         **sources(),
         "rows": rows,
     }

@@ -12,9 +12,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fst_fast import _cli_values, _pickles, _state_dicts, manifest, resume
-from fst_fast.checkpoint import LoadError, read_state_dict, save
+from fst_fast.checkpoints import manifest, pickle_reader, state_dicts
+from fst_fast.checkpoints.load import LoadError, read_state_dict, save
+from fst_fast.data import normalization
 from fst_fast.sweep.config import read_config
+from fst_fast.tuning import resume
 
 from .fuzz import Target
 
@@ -40,9 +42,9 @@ seeds: [0, 1]
 # Parsers of text that users write: (name, parse, seeds). They raise ValueError and no other.
 CONFIGS = [
     ("sweep configurations", sweep_config, [SWEEP]),
-    ("option values", lambda text: _cli_values.options([text]), ["a=[1, 2.5]", 'b={"c": null}']),
-    ("--normalize", _cli_values.normalization, ["cifar10", "0.5,0.5,0.5/0.2,0.2,0.2"]),
-    ("--alpha", _cli_values.alpha, ["auto", "0.25", "1e-3"]),
+    ("option values", lambda text: normalization.options([text]), ["a=[1, 2.5]", 'b={"c": null}']),
+    ("--normalize", normalization.normalization, ["cifar10", "0.5,0.5,0.5/0.2,0.2,0.2"]),
+    ("--alpha", normalization.alpha, ["auto", "0.25", "1e-3"]),
 ]
 
 
@@ -73,8 +75,8 @@ def safetensors_files(folder):
 def check(state, size):
     """What was accepted must be what is promised."""
     assert state
-    assert not any(_state_dicts.fault(value) for value in state.values())
-    distinct = {_state_dicts.identity(v): v.numel() * v.element_size() for v in state.values()}
+    assert not any(state_dicts.fault(value) for value in state.values())
+    distinct = {state_dicts.identity(v): v.numel() * v.element_size() for v in state.values()}
     assert sum(distinct.values()) <= size
 
 
@@ -87,13 +89,13 @@ def pickled(folder):
         path.write_bytes(data)
         # What torch leaves behind after an error; a reading process has one file only.
         torch._utils._sparse_tensors_to_validate.clear()
-        _, state = _pickles.read(str(path))
+        _, state = pickle_reader.read(str(path))
         out = io.BytesIO()
-        _pickles.write(state, out)
+        pickle_reader.write(state, out)
         assert len(out.getvalue()) <= len(data) + 8_000_000
         assert safetensors.torch.load(out.getvalue())
 
-    allowed = (_state_dicts.RefusedError, MemoryError, RecursionError, OSError)
+    allowed = (state_dicts.RefusedError, MemoryError, RecursionError, OSError)
     return Target("pickles", parse, pickled_seeds(), allowed)
 
 

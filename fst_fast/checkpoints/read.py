@@ -1,0 +1,156 @@
+"""Read a model file as hostile: tensors or a LoadError, never code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from fst_fast.checkpoints import manifest, reader_client
+from fst_fast.checkpoints.state_dicts import EXPORT, FLOATS, WEIGHTS, fault, few, strip
+
+__all__ = ["FLOATS", "LoadError", "fault", "few", "read_state_dict", "refusal", "strip"]
+
+# A thousand times what the largest classifiers of timm need: the names of their tensors.
+_HEADER_BYTES = 4_000_000
+
+
+class LoadError(RuntimeError):
+    """A model file was refused; the text names it, what was expected, what came and the remedy."""
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a model file without running anything from it.
+
+    Equals ``safetensors.torch.load_file(path)``, or ``torch.load(path, weights_only=True,
+    map_location="cpu")`` for any suffix but .safetensors; there is no fall-back to plain pickle.
+    The latter happens in another process, under limits that grow with the file: its size + 160 MB
+    of memory, 4 s of computing + 1 s per 20 MB. The first such call starts that process, which
+    imports torch; from then on it is there.
+
+    The state dict is the file's content, or sits inside "state_dict", "model", "net",
+    "model_state_dict", "model_state" or "netC"; "state_dict_ema" comes before these, as in timm.
+    Objects of NumPy beside it (BackdoorBench's attack_result.pt) and a command line's Namespace
+    (timm, torchvision) are left out without a look. "module.", "_orig_mod.", "model." (Lightning)
+    and "net." are stripped when every name carries them.
+
+    Returns:
+        Names to CPU tensors as stored: dtype kept, tied tensors still tied in a .pt file. They may
+        be mapped from the file: clone them before changing that file in place.
+    Raises:
+        LoadError: anything else: a missing, damaged or compressed file, one that disagrees with
+            the SHA-256 in the manifest that save() wrote beside it, Python objects or code, values
+            that are not dense tensors of floats, integers or bools, NaN or infinite weights,
+            tensors that overlap, a reading process that crashed or passed its limits.
+    """
+    path = Path(path)
+    check_file(path)
+    if path.suffix.lower() == ".safetensors":
+        _check_manifest(path)
+        state = _read_safetensors(path)
+    else:
+        state = _read_pickle(path)
+    wrong = [f"{name!r}: {found}" for name, value in state.items() if (found := fault(value))]
+    if wrong:
+        raise refusal(path, WEIGHTS, few(wrong), f"save the weights alone, {EXPORT}")
+    return {short: state[name].detach() for short, name in strip(state).items()}
+
+
+def refusal(path: Path, expected: str, got: str, remedy: str) -> LoadError:
+    text = f"load: {path} must hold {expected}; got {got}; {remedy}"
+    # Names come from the file, and the message goes to a terminal.
+    return LoadError("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+
+
+def check_file(path: Path) -> None:
+    """Raise a LoadError for what is no ordinary file with something in it."""
+    if path.is_dir():
+        got, remedy = "a directory", "name the file inside it"
+    elif not path.exists():
+        got, remedy = "no such file", "check the path"
+    elif not path.is_file():
+        got, remedy = "a pipe, socket or device", "copy it to an ordinary file"
+    elif path.stat().st_size == 0:
+        got, remedy = "an empty file", "fetch or save it again"
+    else:
+        return
+    raise refusal(path, WEIGHTS, got, remedy)
+
+
+def _check_manifest(path: Path) -> None:
+    """Compare the payload with the manifest beside it, if that is one of ours."""
+    beside = path.with_suffix(".json")
+    found = manifest.fault(path, beside)
+    if found:
+        raise refusal(
+            path,
+            f"the bytes that {beside.name} recorded",
+            found,
+            f"the file or {beside.name} is damaged: restore both from a copy; "
+            f"if you replaced the file on purpose, remove {beside.name}",
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    expected = "tensors in the safetensors format"
+    try:
+        check_header(path)
+        state = safetensors.torch.load_file(path, device="cpu")
+    except Exception as error:
+        raise refusal(
+            path,
+            expected,
+            f"{type(error).__name__}: {few([str(error)])}",
+            "fetch or save it again; a file written by torch.save must not end in .safetensors",
+        ) from None
+    if not state:
+        raise refusal(path, expected, "no tensor at all", "fetch or save it again")
+    return state
+
+
+def check_header(path: str | os.PathLike[str]) -> int:
+    """The length of a safetensors header; the library alone would take one of 100 MB.
+
+    Raises:
+        ValueError: it is longer than any model needs.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes, more than {_HEADER_BYTES}")
+    return length
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with judged(path, "tensors") as answer:
+        check_header(answer)
+        with safetensors.safe_open(answer, framework="pt", device="cpu") as file:
+            names = json.loads((file.metadata() or {})["names"])
+            tensors = {number: file.get_tensor(number) for number in file.keys()}  # noqa: SIM118
+        return {str(name): tensors[number] for name, number in names}
+
+
+@contextlib.contextmanager
+def judged(path: Path, verb: str) -> Any:
+    """Call reader_client.ask(); whatever goes wrong within the ``with`` is one LoadError."""
+    again = "the file is damaged or hostile: get a .safetensors file instead"
+    try:
+        with reader_client.ask(verb, path) as answer:
+            yield answer
+    except reader_client.RefusedError as error:
+        expected, got, remedy = (part[:600] for part in error.args)
+        raise refusal(path, expected, got, remedy.replace("{path}", repr(str(path)))) from None
+    except reader_client.NoAnswerError as error:
+        raise refusal(path, WEIGHTS, f"a reading process that {error}", again) from None
+    except OSError as error:
+        raise refusal(path, WEIGHTS, f"{error.strerror}", "check its permissions") from None
+    # Only a reading process that a file took over answers with anything else.
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        got = f"a reading process that gave a damaged answer ({type(error).__name__})"
+        raise refusal(path, WEIGHTS, got, again) from None

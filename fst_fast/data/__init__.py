@@ -1,0 +1,1 @@
+"""Turn any images into checked batches on the device."""

@@ -1,0 +1,1 @@
+"""Lift a torchvision pipeline onto the device, or say why it stays on the CPU."""

@@ -1,0 +1,147 @@
+"""The manifest of a backdoored model: written where it is made, and read to attack it again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import checkpoints
+from ..checkpoints import manifest
+from ..data.normalization import normalization
+from ..triggers import Trigger
+from ..triggers.pixels import Normalization
+from ..triggers.poisoning import RELABEL
+from .attacks import CLEAN, trigger_of
+from .networks import Network, network
+from .siba import pack_pattern, unpack_pattern
+from .spec import Order
+from .suspect import Attack
+
+MADE_BY = "fst-fast lab train"
+
+
+def fields_of(
+    order: Order, data: dict[str, object], attack: Attack | None, pattern: Tensor | None
+) -> dict[str, Any]:
+    """All that makes the model what it is, as JSON data but for the versions."""
+    images, classes = data["images"], data["classes"]
+    assert isinstance(images, int)
+    assert isinstance(classes, list)
+    assert order.rate is not None
+    return {
+        "made_by": MADE_BY,
+        "attack": order.attack,
+        "trigger": None if attack is None else attack.trigger.describe(),
+        "pattern": None if pattern is None else pack_pattern(pattern),
+        "rate": order.rate,
+        "poisoned_images": round(order.rate * images),
+        "cover": 0.0 if attack is None else attack.cover,
+        "negatives": 0.0 if attack is None else attack.negatives,
+        "bypass": 0.0 if attack is None else attack.bypass,
+        "relabel": order.relabel,
+        "target": order.target,
+        "arch": {
+            "lab": order.arch,
+            "name": order.network.arch,
+            "num_classes": len(classes),
+            **order.network.options,
+        },
+        "training": asdict(order.training),
+        "batch_size": order.batch_size,
+        "augment": order.augment and asdict(order.augment),
+        "flip": order.flip,
+        "search": order.search,
+        "normalize": order.normalize,
+        "seed": order.seed,
+        "data": data,
+    }
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What a manifest says, checked.
+
+    Attributes:
+        attack: its name; ``trigger`` is None for "none".
+        trigger, target, relabel, rate: of the attack.
+        network: the architecture.
+        classes: names of the labels, in order.
+        normalize: of the images.
+        flip: whether a mirrored image still shows its class.
+    """
+
+    attack: str
+    trigger: Trigger | None
+    target: int
+    relabel: str
+    rate: float
+    network: Network
+    classes: tuple[str, ...]
+    normalize: Normalization | None
+    flip: bool
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Suspect:
+        """From a manifest's fields; raises KeyError, TypeError or ValueError where they differ."""
+        name, target, classes = fields["attack"], fields["target"], fields["data"]["classes"]
+        if fields["relabel"] not in RELABEL or not all(isinstance(c, str) for c in classes):
+            raise TypeError("relabel or classes")
+        if not isinstance(target, int) or not 0 <= target < len(classes):
+            raise TypeError(f"target {target!r} of {len(classes)} classes")
+        settings = dict(fields["trigger"] or {})
+        for key in ("name", "pattern"):
+            settings.pop(key, None)
+        pattern = None if fields["pattern"] is None else unpack_pattern(fields["pattern"])
+        return cls(
+            attack=name,
+            trigger=None if name == CLEAN else trigger_of(name, _tuples(settings), pattern),
+            target=target,
+            relabel=fields["relabel"],
+            rate=float(fields["rate"]),
+            network=network(fields["arch"]["lab"]),
+            classes=tuple(classes),
+            normalize=normalization(fields["normalize"]),
+            flip=bool(fields["flip"]),
+        )
+
+    def load(self, path: Path) -> nn.Module:
+        """A checkpoint of this architecture; raises as :func:`fst_fast.load`."""
+        network = self.network
+        return checkpoints.load(path, network.arch, len(self.classes), **network.options)
+
+
+def read(path: Path) -> Suspect:
+    """The manifest beside a checkpoint of ``fst-fast lab train``.
+
+    It may come from anybody: it names an architecture of the lab's or a library's, never code.
+
+    Raises:
+        ValueError: there is none, or it is damaged or of another kind; says how.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        found = manifest.read(beside)
+    except ValueError as error:
+        raise ValueError(f"lab: {beside} must be as it was written, got {error}") from None
+    if found is None or found.get("made_by") != MADE_BY:
+        raise ValueError(
+            f"lab: {beside} must be the manifest of a model that {MADE_BY} made, got "
+            f"{'none' if found is None else 'another kind'}; for a purified one give --suspect"
+        )
+    try:
+        return Suspect.of(found)
+    # JSON data of another form than ours.
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"lab: {beside} must hold what {MADE_BY} writes, got {type(error).__name__}: {error}"
+        ) from None
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Measure what a model does, as numbers and as a page."""

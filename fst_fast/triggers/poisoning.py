@@ -1,0 +1,205 @@
+"""Which images carry a trigger, and under which label: the plan of a poisoned data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import Trigger
+
+# Images that a trigger is put on at a time: some compute in float64.
+CHUNK = 1024
+RELABEL = ("all-to-one", "all-to-all", "clean-label")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each of M images.
+
+    Attributes:
+        triggers: all that occur.
+        trigger: [M] int32, the trigger of each image, -1 for none.
+        labels: [M] int64, after poisoning.
+        tiles: [M] int32, where the trigger is left out: see :meth:`Trigger.tiles`.
+        mask: [M] bool, true where an image was poisoned; a cover image is not.
+    """
+
+    triggers: tuple[Trigger, ...]
+    trigger: Tensor
+    labels: Tensor
+    tiles: Tensor
+    mask: Tensor
+
+    def apply(self, images: Tensor) -> Tensor:
+        """The images [M, H, W, C] uint8 as planned; an image's index is the key of its noise."""
+        out = images.clone()
+        rows = torch.nonzero(self.trigger >= 0).flatten()
+        out[rows.to(images.device)] = self.on(images, rows)
+        return out
+
+    def on(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Those rows of :meth:`apply`, of [M, H, W, C] images."""
+        out = images[rows.to(images.device)]
+        for number, trigger in enumerate(self.triggers):
+            where = torch.nonzero(self.trigger[rows] == number).flatten()
+            for part in where.split(CHUNK):
+                keys = rows[part]
+                part = part.to(images.device)
+                out[part] = trigger.apply(out[part], keys.to(images.device), self.tiles[keys])
+        return out
+
+
+def plan(
+    labels: Tensor,
+    trigger: Trigger | Sequence[Trigger],
+    poisoned: str | float | Tensor,
+    *,
+    target: int = 0,
+    relabel: str = "all-to-one",
+    cover: float = 0.0,
+    seed: int = 0,
+    where: str = "poison",
+) -> Plan:
+    """Decide what happens to each image.
+
+    Args:
+        labels: [M] int64.
+        trigger: one, or several of which each poisoned image draws one.
+        poisoned: "all" triggers every image, with the trigger as it is at test time. A rate in
+            0..1 poisons ``round(rate * M)`` images, drawn without replacement among those that
+            ``relabel`` allows, and a bool mask [M] the given ones, both with what the attack uses
+            in training (:meth:`Trigger.training`).
+        target: the attacker's class.
+        relabel: "all-to-one" gives poisoned images the target's label, and draws from other
+            classes; "all-to-all" gives class y the label y + 1, and the last class 0;
+            "clean-label" leaves the labels, and draws from the target class.
+        cover: share of all images that carry a trigger and keep their label, of
+            :meth:`Trigger.covers`.
+        seed: of all draws.
+        where: the function that errors name.
+    Raises:
+        ValueError: an argument differs from the above, or asks for more images than there are.
+    """
+    given = (trigger,) if isinstance(trigger, Trigger) else tuple(trigger)
+    labels = labels.cpu()
+    _check(given, labels, target, relabel, cover, where)
+    generator = torch.Generator().manual_seed(seed)
+    mask = _poisoned(labels, poisoned, target, relabel, generator, where)
+    at_test = isinstance(poisoned, str)
+    shown = given if at_test else tuple(part for t in given for part in t.training())
+    chosen = torch.full((len(labels),), -1, dtype=torch.int32)
+    rows = torch.nonzero(mask).flatten()
+    chosen[rows] = _spread(len(shown), len(rows), generator)
+    covers = tuple(part for t in given for part in t.covers())
+    if cover > 0:
+        rows = _cover(mask, cover, covers, given, generator, where)
+        chosen[rows] = len(shown) + _spread(len(covers), len(rows), generator)
+        shown = (*shown, *covers)
+    tiles = torch.zeros(len(labels), dtype=torch.int32)
+    for number, part in enumerate(shown):
+        rows = torch.nonzero(chosen == number).flatten()
+        tiles[rows] = part.tiles(len(rows), generator)
+    return Plan(shown, chosen, _relabel(labels, mask, target, relabel), tiles, mask)
+
+
+def _check(
+    given: tuple[Trigger, ...],
+    labels: Tensor,
+    target: int,
+    relabel: str,
+    cover: float,
+    where: str,
+) -> None:
+    if not given or not all(isinstance(trigger, Trigger) for trigger in given):
+        raise ValueError(
+            f"{where}: trigger must be a Trigger or several, got {given}; see fst_fast.triggers"
+        )
+    if relabel not in RELABEL:
+        raise ValueError(f"{where}: relabel must be one of {', '.join(RELABEL)}, got {relabel!r}")
+    if target < 0 or (len(labels) and target > int(labels.max())):
+        most = int(labels.max()) if len(labels) else 0
+        raise ValueError(f"{where}: target must be a class in 0..{most}, got {target}")
+    if not 0 <= cover <= 1:
+        raise ValueError(f"{where}: cover must be a rate in 0..1, got {cover}")
+
+
+def _poisoned(
+    labels: Tensor,
+    poisoned: str | float | Tensor,
+    target: int,
+    relabel: str,
+    generator: torch.Generator,
+    where: str,
+) -> Tensor:
+    """[M] bool."""
+    if isinstance(poisoned, Tensor):
+        if poisoned.dtype != torch.bool or poisoned.shape != labels.shape:
+            raise ValueError(
+                f"{where}: poisoned must be a bool mask [{len(labels)}], one per image, got "
+                f"{poisoned.dtype} {list(poisoned.shape)}"
+            )
+        return poisoned.cpu()
+    if isinstance(poisoned, str):
+        if poisoned != "all":
+            raise ValueError(
+                f'{where}: poisoned must be "all", a rate in 0..1 or a bool mask, got {poisoned!r}'
+            )
+        return torch.ones_like(labels, dtype=torch.bool)
+    if not 0 <= poisoned <= 1:
+        raise ValueError(f"{where}: rate must lie in 0..1, got {poisoned}")
+    allowed = {
+        "all-to-one": (labels != target, f"not of class {target}"),
+        "all-to-all": (torch.ones_like(labels, dtype=torch.bool), "there"),
+        "clean-label": (labels == target, f"of class {target}"),
+    }
+    eligible, words = allowed[relabel]
+    sources = torch.nonzero(eligible).flatten()
+    count = round(poisoned * len(labels))
+    if count > len(sources):
+        raise ValueError(
+            f"{where}: rate {poisoned} asks for {count} images, but only {len(sources)} are "
+            f"{words}; use a rate up to {len(sources) / len(labels):.3f}"
+        )
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[sources[torch.randperm(len(sources), generator=generator)[:count]]] = True
+    return mask
+
+
+def _cover(
+    mask: Tensor,
+    cover: float,
+    covers: tuple[Trigger, ...],
+    given: tuple[Trigger, ...],
+    generator: torch.Generator,
+    where: str,
+) -> Tensor:
+    """The images that carry a cover, all of them clean."""
+    if not covers:
+        names = ", ".join(type(trigger).__name__ for trigger in given)
+        raise ValueError(f"{where}: cover must be 0 for {names}, which has none, got {cover}")
+    clean = torch.nonzero(~mask).flatten()
+    count = round(cover * len(mask))
+    if count > len(clean):
+        raise ValueError(
+            f"{where}: cover {cover} asks for {count} images, but only {len(clean)} are not "
+            f"poisoned; use a share up to {len(clean) / len(mask):.3f}"
+        )
+    return clean[torch.randperm(len(clean), generator=generator)[:count]]
+
+
+def _spread(kinds: int, count: int, generator: torch.Generator) -> Tensor:
+    """[count] int32 in 0..kinds-1; nothing is drawn where there is no choice."""
+    if kinds < 2:
+        return torch.zeros(count, dtype=torch.int32)
+    return torch.randint(0, kinds, (count,), generator=generator, dtype=torch.int32)
+
+
+def _relabel(labels: Tensor, mask: Tensor, target: int, relabel: str) -> Tensor:
+    if relabel == "clean-label" or not len(labels):
+        return labels.clone()
+    classes = int(labels.max()) + 1
+    new = torch.full_like(labels, target) if relabel == "all-to-one" else (labels + 1) % classes
+    return torch.where(mask, new, labels)

@@ -1,0 +1,1 @@
+"""The verb purify, its loop, and what the loop is made of."""

@@ -1,0 +1,256 @@
+"""A run that can be ended at any moment and goes on from where it was last kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.atomic_files import TEMPORARIES, replace_file
+from ..data.prefetch import HostLoader
+from .autotune import Arrangement
+from .loop import Tuner
+from .progress import EpochRecord, ProgressReport
+
+NAME = "state.safetensors"
+FORMAT = "fst_fast run, version 2"
+
+
+class RunFolder:
+    """The folder given as ``resume=``: one file, replaced after every epoch or not at all.
+
+    It holds the weights, the head's original weight and its norm, all momentum, the loss scale,
+    the averaged weights, the random states and the history. A loader that draws from a generator
+    of its own (``DataLoader(generator=...)``) has that state kept as well; a DeviceLoader goes by
+    the epoch's number. After Ctrl-C or SIGTERM it also holds how far the epoch had come, and the
+    random states of its start, so that the loader can be led to the same place.
+
+    Args:
+        folder: made if it is not there.
+        asked: what a run must agree in to be gone on with: settings, seed, the suspect's weights.
+        loader: the tuning loader.
+    Raises:
+        ValueError: ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | Path, asked: Mapping[str, Any], loader: object) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                f"purify: resume must be a folder, got the file {self.folder}; name a folder of "
+                "its own for each run"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a process left that was killed while it wrote.
+        for left in self.folder.glob(TEMPORARIES):
+            left.unlink()
+        self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
+        self._generators = generators_of(loader)
+        # Its thread has drawn for batches that are still to come.
+        self._draws_ahead = isinstance(loader, HostLoader)
+        self._start: _Draws | None = None
+
+    def keep(self, tuner: Tuner) -> None:
+        """Write down where the run stands: after an epoch, or where it was interrupted."""
+        device = tuner.settings.device
+        within = tuner.within != (0, 0)
+        if within and (self._draws_ahead or tuner.head.weight_scale is not None):
+            # Not to the bit: drawn ahead, or rounded when the head was made whole.
+            return
+        tensors = {name: value.detach().cpu() for name, value in tensors_of(tuner).items()}
+        facts = {
+            "format": FORMAT,
+            "asked": self.asked,
+            "history": [dataclasses.asdict(record) for record in tuner.history],
+            "within": tuner.within,
+        }
+        draws = {"now": _Draws.take(device, self._generators)}
+        if within and self._start is not None:
+            draws["start"] = self._start
+        for moment, drawn in draws.items():
+            tensors |= {f"random.{moment}.{name}": value for name, value in drawn.tensors.items()}
+            facts[moment] = drawn.facts
+        # Tied tensors are written in full; tensors_of() gives both names.
+        tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
+        facts["digest"] = _digest(tensors, facts)
+        data = safetensors.torch.save(tensors, {"facts": json.dumps(facts)})
+        replace_file(self.folder / NAME, data)
+
+    def restore(self, tuner: Tuner) -> bool:
+        """Put the tuner, and the random states, where the last epoch left them.
+
+        Returns:
+            Whether there was anything to go on with.
+        Raises:
+            ValueError: the folder holds another run, or a damaged file.
+        """
+        path = self.folder / NAME
+        if not path.exists():
+            return False
+        tensors, facts = _read(path)
+        if facts["asked"] != self.asked:
+            before = facts["asked"]
+            apart = sorted(k for k in {*before, *self.asked} if before.get(k) != self.asked.get(k))
+            raise ValueError(
+                f"purify: resume must name the folder of the same run, but {path} differs in "
+                f"{', '.join(apart)}; give this run a folder of its own"
+            )
+        own = tensors_of(tuner)
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+        tuner.history[:] = [EpochRecord(**record) for record in facts["history"]]
+        steps, images = facts["within"]
+        tuner.within = (steps, images)
+
+        def put(moment: str) -> None:
+            prefix = f"random.{moment}."
+            drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            _Draws(drawn, facts[moment]).put(tuner.settings.device, self._generators)
+
+        put("start" if steps else "now")
+        tuner.where_left_off = lambda: put("now")
+        return True
+
+    def follow(self, tuner: Tuner) -> None:
+        """Remember the random states of each epoch's start."""
+
+        def note() -> None:
+            self._start = _Draws.take(tuner.settings.device, self._generators)
+
+        tuner.at_start = note
+
+
+def follow_in(
+    folder: str | Path,
+    tuner: Tuner,
+    asked: Mapping[str, Any],
+    loader: object,
+    report: ProgressReport,
+) -> Callable[[Tuner], None]:
+    """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
+    run = RunFolder(
+        folder, {**asked, **tuner.method.settings(), **dataclasses.asdict(tuner.settings)}, loader
+    )
+    if run.restore(tuner):
+        where = f"behind epoch {len(tuner.history)} of {tuner.settings.epochs}"
+        if tuner.within != (0, 0):
+            where += f", step {tuner.within[0]} of the next"
+        report.note(f"purify: goes on {where}")
+    run.follow(tuner)
+    return run.keep
+
+
+def arrangement_of(folder: str | Path) -> Arrangement | None:
+    """How the steps of the run in the folder were computed; None where there is no run yet.
+
+    What a trial chose must stay: it is part of the bits.
+    """
+    path = Path(folder) / NAME
+    if not path.exists():
+        return None
+    _, facts = _read(path)
+    return Arrangement(*(facts["asked"][field.name] for field in dataclasses.fields(Arrangement)))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        right = facts.pop("digest") == _digest(tensors, facts)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    else:
+        if right and facts["format"] == FORMAT:
+            return tensors, facts
+        reason = "a wrong digest" if not right else f"the format {facts['format']!r}"
+    raise ValueError(
+        f"purify: resume found a damaged or foreign {path}, with {reason}; restore it from a "
+        "copy, or remove it to start anew"
+    )
+
+
+def tensors_of(tuner: Tuner) -> dict[str, Tensor]:
+    """All that the next epoch depends on, by name: between epochs, to be kept or filled."""
+    head, guard = tuner.head, tuner.guard
+    out = {f"model.{name}": value for name, value in tuner.model.state_dict().items()}
+    out |= {"head.weight0": head.weight0, "head.norm0": head.norm0}
+    out |= {"head.weight_momentum": head.weight_momentum, "guard.scale": guard.scale}
+    out |= {"guard.growth": guard.growth}
+    if head.bias_momentum is not None:
+        out["head.bias_momentum"] = head.bias_momentum
+    for i, parameter in enumerate(tuner.backbone):
+        if tuner.optimizer is not None and tuner.settings.momentum:
+            out[f"momentum.{i}"] = tuner.optimizer.state[parameter]["momentum_buffer"]
+    out["totals"] = tuner.step.totals
+    if tuner.average is not None:
+        out |= {f"average.{i}": value for i, value in enumerate(tuner.average.mean)}
+        out["average.count"] = tuner.average.count
+    return out
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's names and values."""
+    return _digest({name: value.cpu() for name, value in model.state_dict().items()}, {})
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """The generators of its own that a loader draws from."""
+    places = (loader, getattr(loader, "sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """All random states that a run draws from.
+
+    Attributes:
+        tensors: of torch, its GPU and the loader's own generators.
+        facts: of Python and NumPy, as JSON data.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @classmethod
+    def take(cls, device: torch.device, generators: list[torch.Generator]) -> _Draws:
+        tensors = {"torch": torch.get_rng_state()}
+        if device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(device)
+        tensors |= {f"loader.{i}": g.get_state() for i, g in enumerate(generators)}
+        # Transforms draw from NumPy's global state.
+        kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+        numpy_state = [kind, np.asarray(key).tolist(), *rest]
+        return cls(tensors, {"python": random.getstate(), "numpy": numpy_state})
+
+    def put(self, device: torch.device, generators: list[torch.Generator]) -> None:
+        torch.set_rng_state(self.tensors["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(self.tensors["cuda"], device)
+        for i, generator in enumerate(generators):
+            generator.set_state(self.tensors[f"loader.{i}"])
+        version, internal, gauss = self.facts["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, key, *rest = self.facts["numpy"]
+        np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))  # noqa: NPY002

@@ -1,0 +1,237 @@
+"""What a sweep's YAML file may say, and the words for what it may not."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_cases import write_sweep
+
+from fst_fast.cli.main import main
+from fst_fast.sweep.config import read_config
+from fst_fast.sweep.plan import cells_of
+from fst_fast.sweep.values import normalization_of
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def refused(path, *texts):
+    with pytest.raises(ValueError, match="sweep") as caught:
+        cells_of(read_config(path))
+    message = str(caught.value)
+    for text in (*texts, "; "):
+        assert text in message, message
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"out": None}, ["out must be given, got nothing; add `out: sweep`"]),
+        ({"data": None}, ["data must be given"]),
+        ({"arch": None}, ["checkpoints[0].arch must be given", "add `arch: resnet18`"]),
+        ({"normalize": None}, ["normalize must be given"]),
+        ({"sedes": [1]}, ["sedes must be one of the keys", "did you mean seeds?"]),
+        ({"xyz": 1}, ["xyz must be one of the keys", "leave it out"]),
+        ({"checkpoints": []}, ["checkpoints must be a list of at least one checkpoint, got []"]),
+        ({"seeds": []}, ["seeds must be a list of at least one, got []"]),
+        ({"methods": []}, ["methods must be a list of at least one, got []"]),
+        ({"methods": "fst"}, ["methods must be a list, got the text 'fst'; write [fst]"]),
+        (
+            {"methods": ["fts"]},
+            ["methods must be a list, each one of fe, fst", "did you mean ft?"],
+        ),
+        (
+            {"methods": ["ft", "ft"]},
+            ["methods must be a list with nothing twice (the text 'ft' is)"],
+        ),
+        ({"seeds": [1, 1]}, ["seeds must be a list with nothing twice (1 is)"]),
+        ({"seeds": [-1]}, ["whole number >= 0 (number 1 is -1)"]),
+        ({"seeds": [True]}, ["whole number >= 0 (number 1 is True)"]),
+        ({"alphas": ["much"]}, ["alphas must be a list, each a finite number >= 0 or auto"]),
+        ({"alphas": [-0.1]}, ["alphas must be a list, each a finite number >= 0 or auto"]),
+        (
+            {"methods": ["ft", "lp"]},
+            ["alphas must be left out where no method takes one, got [0.1]"],
+        ),
+        (
+            {"methods": ["fst", "fst_auto"], "alphas": ["auto"]},
+            ["must make different cells, got fst with alpha auto and fst_auto with alpha auto"],
+        ),
+        ({"epochs": 0}, ["epochs must be a whole number >= 1, got 0"]),
+        ({"epochs": 1.5}, ["epochs must be a whole number >= 1, got 1.5"]),
+        (
+            {"lr": "1e-3"},
+            ["lr must be a finite number, got the text '1e-3'; write 0.001 or 1.0e-03"],
+        ),
+        ({"lr": 0}, ["lr must be a finite number > 0, got 0"]),
+        ({"lr": float("inf")}, ["lr must be a finite number, got inf"]),
+        ({"momentum": 1}, ["momentum must be a number in [0, 1), got 1"]),
+        ({"weights": "yes"}, ["weights must be true or false, got the text 'yes'"]),
+        ({"results": "xlsx"}, ["results must be one of csv, parquet, got the text 'xlsx'"]),
+        ({"augment": "flip"}, ["augment must be one of none, cifar"]),
+        ({"normalize": "cifar"}, ["normalize must be one of none, cifar10", "[[means]"]),
+        ({"normalize": [[0.5], [0]]}, ["normalize must be one of", "each > 0"]),
+        ({"arch_options": [4]}, ["arch_options must be a mapping of names to values, got [4]"]),
+        (
+            {"checkpoints": ["a.pt", "./a.pt"]},
+            ["checkpoints[1] must be another file", "'./a.pt' again"],
+        ),
+        ({"checkpoints": [3]}, ["checkpoints[0] must be a mapping of keys to values, got 3"]),
+        ({"checkpoints": [{"trigger": "badnets"}]}, ["checkpoints[0].path must be given"]),
+        (
+            {"checkpoints": [{"path": "a.pt", "trigger": "badnet"}]},
+            ["checkpoints[0].trigger must be one of adaptive", "did you mean badnets?"],
+        ),
+        (
+            {"checkpoints": [{"path": "a.pt", "trigger": "badnets", "trigger_options": {"x": 1}}]},
+            ["checkpoints[0].trigger_options must fit badnets, got {'x': 1}"],
+        ),
+        (
+            {"checkpoints": [{"path": "a.pt", "trigger_options": {"size": 1}}]},
+            ["checkpoints[0].trigger must be given"],
+        ),
+        (
+            {"checkpoints": [{"path": "a.pt", "target": "cat"}]},
+            ["checkpoints[0].target must be a whole number >= 0, got the text 'cat'"],
+        ),
+        ({"checkpoints": [{"path": "a.pt", "taget": 1}]}, ["checkpoints[0].taget", "mean target?"]),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_wrong_values_are_told(tmp_path, changes, texts):
+    given = changes.get("checkpoints")
+    path = write_sweep(tmp_path, 1, **{k: v for k, v in changes.items() if k != "checkpoints"})
+    if given is not None:
+        content = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({**content, "checkpoints": given}))
+    refused(path, *texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file must be a mapping of keys to values, got None"),
+        ("- 1", "the file must be a mapping of keys to values, got [1]"),
+        ("out: [", "must be YAML"),
+        ("out: !!python/object/apply:os.system ['true']", "must be YAML"),
+        ("out: a\nlr: 0.1\nout: b", "out (line 3) must be given once, got it twice"),
+        ("checkpoints:\n- {path: a, path: b}", "path (line 2) must be given once"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    refused(path, expected)
+
+
+def test_a_configuration_that_is_not_there(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 1
+    assert "must be a readable file, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"data": "nowhere"}, ["data must be a folder", "nowhere"]),
+        ({"test": "nowhere.npz"}, ["test must be a folder", "nowhere.npz"]),
+        ({"arch": "resnet99"}, ["arch must be buildable, got 'resnet99' for s0.pt"]),
+        ({"arch_options": {"wide": 1}}, ["arch must be buildable", "wide"]),
+        ({"device": "cuda:77"}, ["device must be one that this machine has, got 'cuda:77'"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_it_names_is_looked_at_before_any_work(tmp_path, capsys, changes, texts):
+    assert main(["sweep", str(write_sweep(tmp_path, 1, **changes))]) == 1
+    message = capsys.readouterr().err
+    for text in texts:
+        assert text in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_checkpoints_and_triggers_that_do_not_fit(tmp_path, capsys):
+    path = write_sweep(tmp_path, 2)
+    for name, texts in {
+        "s1.pt": ["checkpoints must be files, got 1 that are not there: gone.pt"],
+        "size: 2": ["trigger must fit the images, got BadNets for s1.pt"],
+    }.items():
+        broken = tmp_path / "broken.yaml"
+        other = {"s1.pt": "gone.pt", "size: 2": "size: 50"}[name]
+        broken.write_text(path.read_text().replace(name, other))
+        assert main(["sweep", str(broken)]) == 1
+        message = capsys.readouterr().err
+        for text in texts:
+            assert text in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_file(tmp_path, capsys):
+    path = write_sweep(tmp_path, 1)
+    (tmp_path / "out").write_text("")
+    assert main(["sweep", str(path)]) == 1
+    assert "out must be a folder, got the file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_differ_from_the_others(tmp_path):
+    path = write_sweep(tmp_path, 1)
+    content = yaml.safe_load(path.read_text())
+    other = {"path": "x y.pt", "arch": "resnet18", "arch_options": {}, "num_classes": 7}
+    content["checkpoints"] = ["s0.pt", other]
+    path.write_text(yaml.safe_dump(content))
+    first, second = read_config(path).suspects
+    assert (first.arch_options, first.num_classes) == ({"width": 8}, 3)
+    assert (second.arch, second.arch_options, second.num_classes) == ("resnet18", {}, 7)
+    assert second.name == "1-x_y"
+
+
+def test_alphas_go_to_the_methods_that_take_one(tmp_path):
+    path = write_sweep(tmp_path, 1, methods=["ft", "fst"], alphas=["auto", 0.2, 0])
+    found = [(cell.method, cell.alpha, cell.chosen.name) for cell in cells_of(read_config(path))]
+    assert found == [
+        ("ft", None, "ft"),
+        ("fst", "auto", "fst_auto"),
+        ("fst", 0.2, "fst"),
+        ("fst", 0.0, "fst"),
+    ]
+
+
+def test_normalization_by_name_and_by_numbers(tmp_path):
+    path = write_sweep(tmp_path, 1, normalize=[[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]])
+    assert normalization_of(read_config(path).normalize) == ([0.5] * 3, [0.2] * 3)
+    assert normalization_of("none") is None
+
+
+def test_the_readmes_example_is_a_configuration(tmp_path):
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(example)
+    assert len(cells_of(read_config(path))) == 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 20_000,
+        "out: " + "[" * 5_000 + "]",
+        "out: !!bool maybe",
+        "out: !!int ''",
+        "out: 2001-99-99",
+        "\n".join(
+            [
+                "a: &a [x]",
+                *(
+                    f"{c}: &{c} [*{p}, *{p}]"
+                    for p, c in zip("abcdefghijkl" * 3, "bcdefghijklm" * 3, strict=True)
+                ),
+            ]
+        ),
+    ],
+    ids=["deep", "deep within", "bool", "int", "date", "aliases of aliases"],
+)
+def test_hostile_yaml_is_one_error(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"^sweep: "):
+        read_config(path)
+    assert time.process_time() - started < 2
