@@ -1,7 +1,7 @@
 """The process that reads pickled model files: it alone touches their bytes, under limits.
 
-reader_client.py starts it with torch imported and nothing of the asking process in it. On Linux
-it stays and forks a child for each file; elsewhere it is started for one file and reads that itself.
+reader_client.py starts it with torch imported and nothing of the asking process in it. It stays, on
+Linux, and forks a child for each file; elsewhere it is started for one file and reads that itself.
 """
 
 from __future__ import annotations
