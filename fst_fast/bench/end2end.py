@@ -283,7 +283,7 @@ def _flops(job: Job, name: str) -> int:
         return image.training * len(job.clean) * plan.epochs + measuring
     method = FSTAuto()
     epochs = plan.epochs * method.epochs_factor
-    forward = round(method.course.head_epochs * epochs)
+    forward = method.head_epochs_of(epochs)
     # One more pass measures the statistics of the averaged weights.
     tuning = image.training * (epochs - forward) + image.forward * (forward + 1)
     return tuning * len(job.clean) + measuring

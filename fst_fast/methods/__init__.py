@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import HeadState, Method
+from .base import Batch, Closure, HeadState, Method, Run
 from .fe import FE
 from .fst import FST
 from .fst_auto import FSTAuto
@@ -45,4 +45,4 @@ def get(name: str, **settings: Any) -> Method:
     return kind(**settings)
 
 
-__all__ = ["METHODS", "HeadState", "Method", "available", "get"]
+__all__ = ["METHODS", "Batch", "Closure", "HeadState", "Method", "Run", "available", "get"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -132,26 +132,57 @@ class HeadState:
             return torch.stack([cosines, weight.norm(dim=1), weight0.norm(dim=1)])
 
 
-@dataclass(frozen=True)
-class Course:
-    """What a method does apart from its loss; as it stands: nothing.
+class Run(Protocol):
+    """What a method may see and set of a run; :class:`fst_fast.tuning.loop.Tuner` is one.
 
     Attributes:
-        hold: cosine with the original weight at which the penalty stops; None: never.
-        head_epochs: share of the epochs, at the start, in which the head alone is trained.
+        model: changed in place.
+        head: the head under tuning.
+        epochs: that are run.
         head_lr: the head's learning rate, as a multiple of the others'.
-        average: share of the epochs, at the end, over which the weights are averaged.
+        head_only: train the head alone, the backbone in eval mode.
+        head_only_until: the epoch (0-based) in which ``head_only`` will be set back, as far as is
+            known; it settles how long a recorded step will be of use.
     """
 
-    hold: float | None = None
-    head_epochs: float = 0.0
-    head_lr: float = 1.0
-    average: float = 0.0
+    model: nn.Module
+    head: HeadState
+    epochs: int
+    head_lr: float
+    head_only: bool
+    head_only_until: int
+
+    def average_weights(self, share: float) -> None:
+        """Average the weights over this share of the epochs, at the end of the run."""
+
+
+class Batch(NamedTuple):
+    """What a step works on.
+
+    Attributes:
+        inputs: [B, C, H, W] images, or [B, D] features where ``are_features``, on the device.
+        labels: [B] int64.
+        are_features: the head's input rather than the model's.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    are_features: bool = False
+
+
+# Leaves the gradients of the method's loss on a batch in the parameters; returns the mean loss and
+# the number of right answers, both 0-d. Each call replaces the gradients of the one before.
+Closure = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base of every tuning method; a new method is one new file with one subclass.
+    """Base of every tuning method: a subclass in a file of its own, and an entry in METHODS.
+
+    The loop calls the hooks in this order: :meth:`begin`; for each epoch :meth:`begin_epoch`, and
+    for each step in it :meth:`gradients` and :meth:`after_step`; at the end :meth:`finish`. What
+    is done within a step may be recorded as a CUDA graph and replayed: there, a hook may neither
+    wait for the device nor change anything in Python.
 
     Args:
         project: after every step, scale the head's weight back to its original norm. The official
@@ -163,30 +194,52 @@ class Method:
     trains: ClassVar[Literal["all", "backbone", "head"]] = "all"
     # Epochs that are run for each one asked for.
     epochs_factor: ClassVar[int] = 1
+    # Whether loss() is given logits. The loss below needs none: a fused op makes it of features.
+    needs_logits: ClassVar[bool] = False
 
     project: bool = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "loss" in vars(cls):
+            cls.needs_logits = True
 
     @property
     def penalty(self) -> float:
         """The weight of <W, W0> in the loss."""
         return 0.0
 
-    @property
-    def course(self) -> Course:
-        """What is done apart from the loss."""
-        return Course()
-
     def loss(self, logits: Tensor, labels: Tensor, head: HeadState) -> Tensor:
-        """The 0-d loss of logits [B, K] float32 and labels [B] int64.
+        """Return the 0-d loss of logits [B, K] float32 and labels [B] int64.
 
-        Mean cross-entropy + penalty * <W, W0>. A method that overrides this always gets logits;
-        one that does not is run on the fused loss where the model allows it.
+        Mean cross-entropy + penalty * <W, W0>. A method that overrides this gets logits; one that
+        does not is run on the fused loss where the model allows it.
         """
         cross_entropy = F.cross_entropy(logits, labels)
         if not self.penalty:
             return cross_entropy
         penalty = self.penalty * (head.weight * head.weight0).sum()
         return cross_entropy + (penalty if head.pressure is None else penalty * head.pressure)
+
+    def begin(self, run: Run) -> None:
+        """Prepare the run before its first epoch; a run that is resumed comes through here too."""
+
+    def begin_epoch(self, run: Run, epoch: int) -> None:
+        """Set what an epoch (0-based) needs; one that is resumed comes through here again."""
+
+    def gradients(self, run: Run, batch: Batch, closure: Closure) -> tuple[Tensor, Tensor]:
+        """Leave the gradients of a step in the parameters; return mean loss and number right.
+
+        A method may change the batch, or call ``closure`` several times with the weights moved in
+        between.
+        """
+        return closure(batch)
+
+    def after_step(self, run: Run) -> None:
+        """Change the weights further after the optimizer's step."""
+
+    def finish(self, run: Run) -> None:
+        """Change the model after the last epoch, before it is measured."""
 
     def settings(self) -> Mapping[str, object]:
         """The method's name and settings as plain values, for manifests."""

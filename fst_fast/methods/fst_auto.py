@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Course, Method
+from torch import Tensor
+
+from .base import Batch, Closure, Method, Run
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ class FSTAuto(Method):
     def penalty(self) -> float:
         return self.alpha
 
-    @property
-    def course(self) -> Course:
-        return Course(self.hold, self.head_epochs, self.head_lr, self.average)
+    def begin(self, run: Run) -> None:
+        run.head_lr = self.head_lr
+        if self.average:
+            run.average_weights(self.average)
+
+    def head_epochs_of(self, epochs: int) -> int:
+        """How many of so many epochs train the head alone."""
+        return round(self.head_epochs * epochs)
+
+    def begin_epoch(self, run: Run, epoch: int) -> None:
+        run.head_only_until = self.head_epochs_of(run.epochs)
+        run.head_only = epoch < run.head_only_until
+
+    def gradients(self, run: Run, batch: Batch, closure: Closure) -> tuple[Tensor, Tensor]:
+        run.head.hold_at(self.hold)
+        return closure(batch)

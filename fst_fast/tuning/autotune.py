@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batches import autocast, memory_layout, resolve_precision
+from ..data.batches import memory_layout, resolve_precision
 from ..heads.contexts import restored
 from ..heads.find import logits_of
-from .memory import is_out_of_memory
+from .settings import ComputeSettings
+from .step import is_out_of_memory
 
 # What is tried instead must be faster by so much: a choice by noise would change the result's bits.
 MARGIN = 1.2
@@ -27,72 +29,33 @@ WORTH_SECONDS = 0.002
 FROM_STEPS = 40
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """How the steps of a run are computed; each of these changes the rounding.
-
-    Attributes:
-        channels_last: the memory layout.
-        precision: "fp32", "bf16" or "fp16".
-        threads: of PyTorch on the CPU; None leaves them alone.
-    """
-
-    channels_last: bool
-    precision: str
-    threads: int | None = None
-
-    def lay_out(self, model: nn.Module) -> None:
-        """Put the model's weights into the layout."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        model.to(memory_format=layout)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the caller asks for; None and "auto" leave it to :func:`arrange`."""
-
-    precision: str = "auto"
-    channels_last: bool | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and not (isinstance(self.threads, int) and self.threads > 0):
-            raise ValueError(
-                f"purify: threads must be an integer >= 1 or None, got {self.threads!r}"
-            )
-        if self.channels_last not in (True, False, None):
-            raise ValueError(
-                f"purify: channels_last must be True, False or None, got {self.channels_last!r}"
-            )
-
-
 def arrange(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    wishes: Wishes,
+    asked: ComputeSettings,
     *,
     steps: int | None,
     trains: bool = True,
-) -> Arrangement:
-    """How to compute a run of so many steps (None: not known); on a GPU nothing is tried.
+) -> ComputeSettings:
+    """Settle how to compute a run of so many steps (None: not known); on a GPU nothing is tried.
 
     Args:
         model: in eval mode, on its device; ends in the arrangement's layout.
         images, labels: the first batch, checked.
-        wishes: what is asked for is taken as it is, but for a layout that the model refuses.
+        asked: what is given is taken as it is, but for a layout that the model refuses.
         steps: of the whole run.
         trains: whether a step has a backward pass through the backbone.
     """
     weight = next(model.parameters())
     place = weight.device
-    precision = resolve_precision(wishes.precision, place, weight.dtype)
+    precision = resolve_precision(asked.precision, place, weight.dtype)
     layout = torch.contiguous_format
-    if wishes.channels_last is not False:
+    if asked.channels_last is not False:
         # Weights first: of a one-channel image alone, both layouts look the same.
         model.to(memory_format=torch.channels_last)
         layout = memory_layout(model, images[:2].to(place, weight.dtype))
-    out = Arrangement(layout == torch.channels_last, precision, wishes.threads)
+    out = replace(asked, precision=precision, channels_last=layout == torch.channels_last)
     if place.type == "cpu" and (steps is None or steps >= FROM_STEPS) and len(images) > 1:
         if out.threads is None:
             out = replace(out, threads=torch.get_num_threads())
@@ -101,16 +64,16 @@ def arrange(
             images,
             labels.long(),
             out,
-            layouts=wishes.channels_last is None,
-            precisions=wishes.precision == "auto",
-            threads=wishes.threads is None,
+            layouts=asked.channels_last is None,
+            precisions=asked.precision == "auto",
+            threads=asked.threads is None,
             trains=trains,
         )
     out.lay_out(model)
     return out
 
 
-Choices = dict[tuple[object, ...], Arrangement]
+Choices = dict[tuple[object, ...], dict[str, Any]]
 # Of this process: of a thousand checkpoints of one architecture, the first decides.
 _chosen: Choices = {}
 
@@ -119,15 +82,15 @@ def choose(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    start: Arrangement,
+    start: ComputeSettings,
     *,
     layouts: bool = True,
     precisions: bool = True,
     threads: bool = True,
     trains: bool = True,
-    seconds: Callable[[Arrangement], float] | None = None,
+    seconds: Callable[[ComputeSettings], float] | None = None,
     memory: Choices | None = None,
-) -> Arrangement:
+) -> ComputeSettings:
     """The fastest arrangement for steps of this model, found one choice at a time.
 
     Each alternative runs a warm-up and two steps on the first images; it is taken if it is 1.2
@@ -147,28 +110,30 @@ def choose(
     memory = _chosen if memory is None else memory
     allowed = (layouts, precisions, threads, trains)
     shapes = tuple(tuple(p.shape) for p in model.parameters())
-    key = (shapes, tuple(images.shape), str(images.dtype), *astuple(start), *allowed)
+    how = (str(start.device), *start.arrangement().values())
+    key = (shapes, tuple(images.shape), str(images.dtype), *how, *allowed)
     if key not in memory:
         with restored(model):
             timed = seconds or _timer(model, images[:IMAGES], labels[:IMAGES], trains)
             try:
-                memory[key] = _fastest(start, layouts, precisions, threads, timed)
+                found = _fastest(start, layouts, precisions, threads, timed)
+                memory[key] = found.arrangement()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 # The run itself will say so, or take its batches in parts.
                 return start
-    return memory[key]
+    return start.arranged(memory[key])
 
 
 def _fastest(
-    start: Arrangement,
+    start: ComputeSettings,
     layouts: bool,
     precisions: bool,
     threads: bool,
-    seconds: Callable[[Arrangement], float],
-) -> Arrangement:
-    steps: list[Callable[[Arrangement], Arrangement]] = []
+    seconds: Callable[[ComputeSettings], float],
+) -> ComputeSettings:
+    steps: list[Callable[[ComputeSettings], ComputeSettings]] = []
     if layouts and start.channels_last:
         steps.append(lambda a: replace(a, channels_last=False))
     if precisions and start.precision != "fp32":
@@ -191,20 +156,19 @@ def _fastest(
 
 def _timer(
     model: nn.Module, images: Tensor, labels: Tensor, trains: bool
-) -> Callable[[Arrangement], float]:
+) -> Callable[[ComputeSettings], float]:
     dtype = next(model.parameters()).dtype
     parameters = [p for p in model.parameters() if p.requires_grad] if trains else []
 
-    def seconds(arrangement: Arrangement) -> float:
-        arrangement.lay_out(model)
+    def seconds(compute: ComputeSettings) -> float:
+        compute.lay_out(model)
         model.train(trains)
-        layout = torch.channels_last if arrangement.channels_last else torch.contiguous_format
-        inputs = images.to(dtype).contiguous(memory_format=layout)
+        inputs = images.to(dtype).contiguous(memory_format=compute.layout)
         times = []
-        with threads_of(arrangement.threads), torch.set_grad_enabled(trains):
+        with threads_of(compute.threads), torch.set_grad_enabled(trains):
             for _ in range(1 + REPEATS):
                 started = time.perf_counter()
-                with autocast(images.device, arrangement.precision):
+                with compute.autocast():
                     logits = logits_of(model(inputs)).flatten(1)
                 if parameters:
                     torch.autograd.grad(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .run_state import RunState
+
 
 class WeightAverage:
     """Averages the parameters of a model (Izmailov et al., UAI 2018, arXiv 1803.05407).
@@ -17,17 +19,20 @@ class WeightAverage:
     Args:
         share: of the epochs, at the end, whose weights count; in 0..1, one epoch at least.
         epochs: of the run.
+        state: gets the mean and the count.
     Attributes:
         first: the first epoch that counts, from 0.
         mean: of the weights that were counted, in the order of the parameters.
         count: how often that was, on the CPU.
     """
 
-    def __init__(self, model: nn.Module, share: float, epochs: int) -> None:
+    def __init__(self, model: nn.Module, share: float, epochs: int, state: RunState) -> None:
         self.first = min(epochs - 1, math.floor(epochs * (1 - share)))
         self._parameters: list[Tensor] = list(model.parameters())
         self.mean = [torch.zeros_like(parameter) for parameter in self._parameters]
         self.count = torch.zeros((), dtype=torch.int64)
+        state.add_all("average", self.mean, "average")
+        state.add("average.count", self.count, "average")
 
     @torch.no_grad()
     def add(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.batches import Batches, check_batch
 from ..data.device_loader import DeviceLoader
+from .run_state import RunState
 
 Place = Callable[[Tensor], Tensor]
 
@@ -38,8 +39,8 @@ class Feed(Protocol):
     def advance(self, kind: Hashable) -> None:
         """The staged batch has been used; a device operation too."""
 
-    def state(self) -> list[Tensor]:
-        """What :meth:`advance` changes."""
+    def register(self, state: RunState) -> None:
+        """Add what :meth:`advance` changes."""
 
 
 class LoaderFeed:
@@ -91,8 +92,8 @@ class LoaderFeed:
     def advance(self, kind: Hashable) -> None:
         """The next batch is the host's to stage."""
 
-    def state(self) -> list[Tensor]:
-        return []
+    def register(self, state: RunState) -> None:
+        """Nothing on the device changes."""
 
 
 class _TableFeed:
@@ -131,8 +132,8 @@ class _TableFeed:
         assert isinstance(kind, int)
         self._at += kind
 
-    def state(self) -> list[Tensor]:
-        return [self._at]
+    def register(self, state: RunState) -> None:
+        state.add("feed.at", self._at, "other", saved=False)
 
 
 class ResidentFeed(_TableFeed):

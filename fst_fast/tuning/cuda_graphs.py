@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .dry_run import without_trace
+from .dry_run import watched, without_trace
 
-# First calls look up algorithms, load kernels and make workspaces, which no graph can hold.
-WARM_UPS = 2
 # Each graph keeps its kernels and addresses: batches of ever new sizes run as they are.
 MOST_GRAPHS = 8
 # In one graph: behind it the host hears of a fault and of Ctrl-C.
 MOST_STEPS = 16
-# What a step in a graph of several is spared: about the launch of one.
+# Seconds that a step saves when it shares a graph with others: about one launch.
 LAUNCH_SECONDS = 10e-6
 # A launch is too small a share of such a step to be seen.
 LONG_STEP_SECONDS = 20 * LAUNCH_SECONDS
@@ -28,63 +26,85 @@ Function = Callable[[], None]
 
 
 class Capture(Protocol):
-    """What records: CUDA, or in tests something that does as CUDA does."""
+    """What records: CUDA, or in tests something that does as CUDA does.
+
+    Attributes:
+        executes: whether :meth:`record` does the work that it records, too.
+    """
+
+    executes: bool
 
     def warm_up(self, function: Function) -> None:
         """Call it once, where it will be recorded."""
 
     def record(self, function: Function) -> Function:
-        """Call it; returns what does the same device work again, on the same memory."""
+        """Call it; return what does the same device work again, on the same memory."""
 
     def seconds(self, replay: Function) -> float:
-        """Call what :meth:`record` returned; how long the device took."""
+        """Call what :meth:`record` returned; return how long the device took."""
 
 
 class CudaGraphs:
     """Graphs on one device that share one pool of memory."""
+
+    executes = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, function: Function) -> None:
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The recording stream as the current one, in order with the stream outside."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            function()
+            yield
         current.wait_stream(self._stream)
 
+    def warm_up(self, function: Function) -> None:
+        with self._aside():
+            function()
+
     def record(self, function: Function) -> Function:
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        causes: list[Exception] = []
         try:
-            with (
-                # To come back to: a recording that fails would leave its own.
-                torch.cuda.stream(current),
-                # Threads that load data go on meanwhile.
-                torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ),
-            ):
-                try:
-                    function()
-                except Exception as error:
-                    causes.append(error)
-                    raise
-        except Exception as error:
+            return self._recorded(function)
+        except torch.OutOfMemoryError:
+            # The pool cannot grow into what the allocator keeps for later.
+            torch.cuda.empty_cache()
+            return self._recorded(function)
+
+    def _recorded(self, function: Function) -> Function:
+        # torch.cuda.graph would wait for the device and empty the allocator's cache first.
+        graph = torch.cuda.CUDAGraph()
+        cause: Exception | None = None
+        with self._aside():
+            # Threads that load data go on meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            except Exception as error:
+                cause = error
+            try:
+                graph.capture_end()
+            except Exception as error:
+                # The end of a spoiled recording raises too, and hides what spoiled it.
+                cause = cause or error
+        if cause is not None:
             self._draw_again()
-            # The end of a spoiled recording raises too, and hides what spoiled it.
-            raise causes[0] if causes else error from None
+            raise cause
         return graph.replay
 
     def _draw_again(self) -> None:
-        """Random numbers in the way of a device, after a recording that has failed.
+        """Let the device draw random numbers after a recording that has failed.
 
         The generator would wait for ever for the recording's end, and refuse to draw meanwhile.
         """
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        index = self._device.index
+        generator = torch.cuda.default_generators[
+            torch.cuda.current_device() if index is None else index
+        ]
         fresh = torch.Generator(generator.device)
         fresh.set_state(generator.get_state())
         generator.graphsafe_set_state(fresh.graphsafe_get_state())
@@ -149,11 +169,13 @@ def steps_in_one(in_a_row: int, most: int) -> int:
 
 
 class Replays:
-    """Runs steps of a few kinds: each is recorded when it first comes, and replayed then.
+    """Runs steps of a few kinds: recorded the second time that one comes, and replayed then.
 
-    One that cannot be recorded is run as it is, and so is every further kind: the model does
-    something that no graph can hold, or the memory does not suffice for a second copy of it.
-    Several steps that follow one another without the host may become one graph.
+    The first step of a kind runs as it is, on the stream that will record: first calls look up
+    algorithms, load kernels and make workspaces, which no graph can hold. A kind that comes once
+    is never recorded. One that cannot be recorded is run as it is, and so is every further kind:
+    the model does something that no graph can hold, or the memory does not suffice for a second
+    copy of it. Several steps that follow one another without the host may become one graph.
 
     Args:
         model: whose Python side is watched: what it counts or draws there would stand still.
@@ -177,6 +199,7 @@ class Replays:
         self._model, self._state, self._device = model, state, device
         self._capture, self._most_steps = recording.capture, recording.most_steps
         self._refused, self._watches_draws = refused, watches_draws
+        self._warm: set[Hashable] = set()
         self._ready: dict[Hashable, _Graph] = {}
         self._several: dict[Hashable, tuple[int, Function]] = {}
 
@@ -185,35 +208,55 @@ class Replays:
         """Steps in the graph that holds most; 0 where nothing was recorded."""
         return max([int(bool(self._ready)), *(steps for steps, _ in self._several.values())])
 
-    def run(self, kind: Hashable, function: Function, in_a_row: int = 1, left: int = 1) -> int:
+    def run(
+        self, kind: Hashable, function: Function, ready: int = 1, in_a_row: int = 1, left: int = 1
+    ) -> int:
         """Do the device work of ``function`` once, or several times where that is one graph.
 
         Args:
             kind: the work must be the same for all calls of one.
-            in_a_row: how often it may be done now.
-            left: how often it will have to be done until the run ends, about.
+            ready: how often it may be done now.
+            in_a_row: how often it may be done at once in a whole epoch, ``ready`` or more.
+            left: how often it has to be done from the epoch's start to the run's end, about.
         Returns:
             How often it was done.
         """
+        if kind not in self._warm and self._capture is not None:
+            self._warm.add(kind)
+            self._warm_up(self._capture, function)
+            return 1
         one = self._ready.get(kind) or self._first(kind, function)
         if one is None:
             function()
             return 1
-        if in_a_row > 1 and kind not in self._several:
-            self._several[kind] = self._together(one, function, in_a_row, left)
+        # A whole epoch settles how many are one graph; without one to come, what is ready does.
+        whole = ready == in_a_row or left <= in_a_row
+        if ready > 1 and whole and kind not in self._several:
+            self._several[kind] = self._together(one, function, ready, left)
         steps, replay = self._several.get(kind, (1, one.replay))
-        if steps > in_a_row:
+        if steps > ready:
             steps, replay = 1, one.replay
         replay()
         return steps
 
+    def _warm_up(self, capture: Capture, function: Function) -> None:
+        """Do a step of the run, and see whether it does all its work on the device."""
+        with watched(self._model, self._device, self._watches_draws) as moved:
+            capture.warm_up(function)
+            reason = moved()
+        if reason is not None:
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        self._capture = None
+        self._refused(reason, 1)
+
     def _first(self, kind: Hashable, function: Function) -> _Graph | None:
         if self._capture is None or len(self._ready) == MOST_GRAPHS:
             return None
-        graph = self._recorded(self._capture, function, WARM_UPS)
+        graph = self._recorded(self._capture, function)
         if isinstance(graph, str):
-            self._capture = None
-            self._refused(graph, 1)
+            self._refuse(graph)
             return None
         self._ready[kind] = graph
         return graph
@@ -235,23 +278,21 @@ class Replays:
             for _ in range(steps):
                 function()
 
-        graph = self._recorded(self._capture, several, 0)
+        graph = self._recorded(self._capture, several)
         if isinstance(graph, str):
             self._refused(graph, steps)
             return alone
         return steps, graph.replay
 
-    def _recorded(self, capture: Capture, function: Function, warm_ups: int) -> _Graph | str:
+    def _recorded(self, capture: Capture, function: Function) -> _Graph | str:
         """The recording, or why there can be none."""
         try:
-            with self._rehearsed() as (moved, put_back):
-                for _ in range(warm_ups):
-                    capture.warm_up(function)
-                    # Each time from the same state: a batch's place in its table is part of it.
-                    put_back()
-                reason = moved()
-                if reason is not None:
-                    return reason
+            with without_trace(
+                self._model,
+                self._state() if capture.executes else [],
+                self._device,
+                self._watches_draws,
+            ):
                 started = time.perf_counter()
                 replay = capture.record(function)
                 return _Graph(replay, time.perf_counter() - started)
@@ -259,10 +300,7 @@ class Replays:
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
     def _seconds(self, capture: Capture, graph: _Graph) -> float:
-        """Of a replay on the device; the first one, of two at least to come, moves it there."""
-        with self._rehearsed():
+        """Seconds of a replay on the device; the first one, of two at least, moves it there."""
+        with without_trace(self._model, self._state(), self._device, self._watches_draws):
             capture.seconds(graph.replay)
             return capture.seconds(graph.replay)
-
-    def _rehearsed(self) -> AbstractContextManager[tuple[Callable[[], str | None], Function]]:
-        return without_trace(self._model, self._state(), self._device, self._watches_draws)

@@ -1,4 +1,4 @@
-"""Work that is done on trial: whatever it changes is put back."""
+"""Work that is watched, or done on trial: whatever a trial changes is put back."""
 
 from __future__ import annotations
 
@@ -12,52 +12,67 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def without_trace(
-    model: nn.Module, state: list[Tensor], device: torch.device, watches_draws: bool
-) -> Iterator[tuple[Callable[[], str | None], Callable[[], None]]]:
-    """Tensors, random states and the model's plain values end as they were.
+def watched(
+    model: nn.Module, device: torch.device, watches_draws: bool
+) -> Iterator[Callable[[], str | None]]:
+    """Watch the model's Python side while it works; nothing is put back.
 
     Args:
-        model: whose Python side is watched.
-        state: all tensors that the work changes.
-        device: whose random numbers it may draw.
+        model: the plain values of its modules are watched.
+        device: where it draws random numbers without harm.
         watches_draws: whether nobody else draws random numbers meanwhile.
-    Yields what tells why work so far would not be the same when replayed, or None, and what puts
-    the tensors back meanwhile.
+    Yields what tells why the work so far would not be the same when replayed, or None.
     """
     values = _plain_values(model)
-    with _kept(state) as put_back, _draws_put_back(device, watches_draws) as drawn:
+    before = _host_draws(device.type == "cuda")
 
-        def moved() -> str | None:
-            for module, before in values.items():
-                for name, value in vars(module).items():
-                    if name in before and before[name] != value:
-                        return f"{type(module).__name__}.{name} changes in Python at every step"
-            return drawn()
+    def moved() -> str | None:
+        for module, old in values.items():
+            for name, value in vars(module).items():
+                if name in old and old[name] != value:
+                    return f"{type(module).__name__}.{name} changes in Python at every step"
+        if not watches_draws:
+            return None
+        after = _host_draws(device.type == "cuda")
+        drawn = [name for name in before if before[name] != after[name]]
+        return f"the model draws random numbers from {drawn[0]}" if drawn else None
 
+    yield moved
+
+
+@contextmanager
+def without_trace(
+    model: nn.Module, state: list[Tensor], device: torch.device, watches_draws: bool
+) -> Iterator[None]:
+    """Let tensors, random states and the model's plain values end as they were.
+
+    Args:
+        model: the plain values of its modules are put back.
+        state: all tensors that the work changes.
+        device: whose random numbers the work may draw.
+        watches_draws: whether nobody else draws random numbers meanwhile.
+    """
+    values = _plain_values(model)
+    with _kept(state), _draws_put_back(device, watches_draws):
         try:
-            yield moved, put_back
+            yield
         finally:
             for module, before in values.items():
                 vars(module).update(before)
 
 
 @contextmanager
-def _kept(tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """The tensors' values end as they were; yields what puts them back meanwhile."""
+def _kept(tensors: list[Tensor]) -> Iterator[None]:
+    """Let the tensors' values end as they were."""
     # Detached: autograd would keep the parameters' accumulators, which belong to this stream, and
     # no recording may wait for it.
     values = [tensor.detach().clone() for tensor in tensors]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-
     try:
-        yield put_back
+        yield
     finally:
-        put_back()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
 
 def _plain_values(model: nn.Module) -> dict[nn.Module, dict[str, object]]:
@@ -69,25 +84,17 @@ def _plain_values(model: nn.Module) -> dict[nn.Module, dict[str, object]]:
 
 
 @contextmanager
-def _draws_put_back(device: torch.device, host: bool) -> Iterator[Callable[[], str | None]]:
-    """Random states end as they were; the host's only where ``host``.
+def _draws_put_back(device: torch.device, host: bool) -> Iterator[None]:
+    """Let random states end as they were; the host's only where ``host``.
 
-    Yields what tells from which of the host's numbers were drawn, or None. A device that is the
-    CPU may draw from torch's.
+    A device that is the CPU may draw from torch's generator.
     """
     on_gpu = device.type == "cuda"
     own = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-    before = _host_draws(on_gpu)
-
-    def drawn() -> str | None:
-        after = _host_draws(on_gpu)
-        moved = [name for name in before if before[name] != after[name]]
-        return f"the model draws random numbers from {moved[0]}" if host and moved else None
-
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     host_state = torch.get_rng_state()
     try:
-        yield drawn
+        yield
     finally:
         if on_gpu:
             torch.cuda.set_rng_state(own, device)
@@ -100,6 +107,7 @@ def _draws_put_back(device: torch.device, host: bool) -> Iterator[Callable[[], s
 
 
 def _host_draws(with_torch: bool) -> dict[str, object]:
+    """The states of the generators on the host that a replay would not draw from."""
     kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     out: dict[str, object] = {
         "random": random.getstate(),

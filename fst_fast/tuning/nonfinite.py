@@ -6,10 +6,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .run_state import RunState
 
 # Steps that the host may be ahead of a GPU: enough to keep it busy, few enough to stop it soon.
-# A CUDA graph holds at most half as many (graphs.MOST_STEPS): one is queued while another runs.
+# A CUDA graph holds at most half as many (cuda_graphs.MOST_STEPS): one waits while another runs.
 RUN_AHEAD = 32
 
 
@@ -57,7 +59,7 @@ class Guard:
     ahead than that.
 
     Args:
-        model: whose buffers are kept.
+        state: holds the model's buffers, which are kept, and gets the guard's own tensors.
         device: where it is.
         precision: "fp16" scales the loss.
         classes: labels must lie in 0..classes-1.
@@ -68,7 +70,7 @@ class Guard:
 
     def __init__(
         self,
-        model: nn.Module,
+        state: RunState,
         device: torch.device,
         precision: str,
         classes: int,
@@ -83,7 +85,7 @@ class Guard:
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._bad = torch.zeros(2, dtype=torch.bool, device=device)  # [images, labels]
         self._one = torch.ones((), device=device)
-        buffers = [b for b in model.buffers() if b.numel()]
+        buffers = [b for b in state.tensors("buffer") if b.numel()]
         self._statistics = [b for b in buffers if b.is_floating_point()]
         # By dtype, one flat copy each: two launches a step, however many layers there are.
         self._kept = []
@@ -98,11 +100,18 @@ class Guard:
         self._queued: deque[tuple[int, int]] = deque()
         self._ahead = 0
         self._next, self._last = 0, -1
+        self._register(state)
 
-    def state(self) -> list[Tensor]:
-        """All that :meth:`inspect` changes."""
-        flags = [self.scale, self.found_inf, self.growth, self._fatal, self.good_steps, self._bad]
-        return flags + [kept for _, kept in self._kept]
+    def _register(self, state: RunState) -> None:
+        """What :meth:`inspect` changes; between epochs no flag is set."""
+        state.add("guard.scale", self.scale, "other")
+        state.add("guard.growth", self.growth, "other")
+        state.add("guard.found_inf", self.found_inf, "flag", saved=False)
+        state.add("guard.fatal", self._fatal, "flag", saved=False)
+        state.add("guard.bad", self._bad, "flag", saved=False)
+        state.add("guard.good_steps", self.good_steps, "count", saved=False)
+        for number, (_, kept) in enumerate(self._kept):
+            state.add(f"guard.kept.{number}", kept, "other", saved=False)
 
     def admit(self, images: Tensor, labels: Tensor) -> Tensor:
         """Look at a batch before it is used; returns labels that are all classes."""

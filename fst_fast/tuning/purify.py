@@ -6,28 +6,40 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..data.batches import Batches, Loader, check_batch, resolve_device, resolve_precision
-from ..heads.contexts import deterministic_algorithms, evaluating, seeded, tuning
+from ..data.batches import (
+    Batches,
+    Loader,
+    check_batch,
+    resolve_device,
+    resolve_precision,
+)
+from ..heads.contexts import (
+    deterministic_algorithms,
+    evaluating,
+    on_device,
+    seeded,
+    tuning,
+)
 from ..heads.find import find_head, head_matrix, head_name, unwrap
 from ..heads.tap import tap_features
 from ..measure.evaluate import measure
 from ..methods import Method
 from ..ops import backends
-from .autotune import Wishes, arrange, threads_of
+from .autotune import arrange, threads_of
 from .cuda_graphs import MOST_STEPS, Recording, capture_for
 from .loop import Callback, Tuner
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
 from .resume import arrangement_of, fingerprint, follow_in
-from .step import LoopSettings
+from .settings import ComputeSettings, LoopSettings
 
 
 def purify(
@@ -117,66 +129,127 @@ def purify(
     """
     _check_numbers(epochs, lr, momentum)
     chosen = _choose_method(method, alpha)
-    epochs *= chosen.epochs_factor
     place = resolve_device(device, model)
-    recording = _recording(graphs, place)
+    compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
     backends.choose("head_step_", place, backend)
-    wishes = Wishes(precision, channels_last, threads)
     resolve_precision(precision, place)
-    batches = Batches(loader, epochs, "purify: loader")
-    judged = None if validation is None else Batches(validation, epochs, "purify: validation")
-    images, labels = check_batch(batches.first, batches.where, place)
-    plain = unwrap(model)
-    _check_weights(plain)
-    _check_takes(plain, images)
-    name, classes = _trained_head(plain, head, images)
-    check_batch(batches.first, batches.where, place, num_classes=classes)
-    asked = {"head": name, "seed": seed, "model": fingerprint(plain)} if resume is not None else {}
-    tuned = plain if inplace else copy.deepcopy(plain)
-    started = time.perf_counter()
-    with (
-        tuning(tuned, place),
-        deterministic_algorithms(deterministic),
-        ProgressReport(chosen.name, epochs, progress) as report,
-    ):
-        arrangement = None if resume is None else arrangement_of(resume)
-        if arrangement is None:
-            trains = chosen.trains != "head"
-            # A trial is for runs that are long enough; and what it takes is up to the clock.
-            steps = 0 if deterministic else _steps(loader, epochs)
-            arrangement = arrange(tuned, images, labels, wishes, steps=steps, trains=trains)
-        arrangement.lay_out(tuned)
-        settings = LoopSettings(
-            *(epochs, lr, momentum, place), **asdict(arrangement), backend=backend, compile=compile
+    with on_device(place):
+        plan = _Plan(
+            method=chosen,
+            epochs=epochs * chosen.epochs_factor,
+            lr=lr,
+            momentum=momentum,
+            compute=compute,
+            deterministic=deterministic,
+            recording=_recording(graphs, place),
+            seed=seed,
+            resume=resume,
+            batches=Batches(loader, epochs * chosen.epochs_factor, "purify: loader"),
+            validation=None
+            if validation is None
+            else Batches(validation, epochs * chosen.epochs_factor, "purify: validation"),
         )
-        module = tuned.get_submodule(name)
-        tap = tap_features(tuned, module, images, train=compile)
-        tuner = Tuner(tuned, module, chosen, settings, tap, recording)
-        if chosen.reinitializes:
-            tuner.head.reinitialize(torch.Generator().manual_seed(seed))
-        validate = _validator(judged, settings)
-        with seeded(seed, place), threads_of(settings.threads):
-            keep = None
-            if resume is not None:
-                keep = follow_in(resume, tuner, asked, loader, report)
-            tuner.run(batches, report, validate, callbacks, keep)
-        if tuner.stopped is not None:
-            report.note(f"purify: {tuner.stopped}")
-        cosine, norm = tuner.head.shift().tolist()
-        rows = (tuple(values) for values in tuner.head.shift_by_class().tolist())
+        plain = unwrap(model)
+        name = _check_model(plain, plan, head)
+        # Before anything is changed, in place perhaps.
+        asked = {"head": name, "seed": seed}
+        if resume is not None:
+            asked["model"] = fingerprint(plain)
+        tuned = plain if inplace else copy.deepcopy(plain)
+        started = time.perf_counter()
+        with (
+            tuning(tuned, place),
+            deterministic_algorithms(deterministic),
+            ProgressReport(chosen.name, plan.epochs, progress) as report,
+        ):
+            tuner = _prepare(tuned, name, plan)
+            _run(tuner, asked, plan, report, callbacks)
+        seconds = time.perf_counter() - started
+        return _result(model if inplace else tuned, tuner, name, plan, seconds)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked of a run, checked as far as that goes without the model."""
+
+    method: Method
+    epochs: int
+    lr: float
+    momentum: float
+    compute: ComputeSettings
+    deterministic: bool
+    recording: Recording
+    seed: int
+    resume: str | Path | None
+    batches: Batches
+    validation: Batches | None
+
+
+def _check_model(model: nn.Module, plan: _Plan, head: nn.Module | str | None) -> str:
+    """Check that model and batches fit each other; returns the head's qualified name."""
+    batches, place = plan.batches, plan.compute.device
+    images, _ = check_batch(batches.first, batches.where, place)
+    _check_weights(model)
+    _check_takes(model, images)
+    name, classes = _trained_head(model, head, images)
+    check_batch(batches.first, batches.where, place, num_classes=classes)
+    return name
+
+
+def _prepare(tuned: nn.Module, name: str, plan: _Plan) -> Tuner:
+    """Settle how the steps are computed; returns the run, its head re-initialised if so."""
+    images, labels = plan.batches.first[:2]
+    kept = None if plan.resume is None else arrangement_of(plan.resume)
+    if kept is None:
+        trains = plan.method.trains != "head"
+        # A trial is for runs that are long enough; and what it takes is up to the clock.
+        steps = 0 if plan.deterministic else _steps(plan.batches.loader, plan.epochs)
+        compute = arrange(tuned, images, labels, plan.compute, steps=steps, trains=trains)
+    else:
+        compute = plan.compute.arranged(kept)
+    compute.lay_out(tuned)
+    settings = LoopSettings(plan.epochs, plan.lr, plan.momentum, compute)
+    module = tuned.get_submodule(name)
+    tap = tap_features(tuned, module, images, train=compute.compile)
+    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording)
+    if plan.method.reinitializes:
+        tuner.head.reinitialize(torch.Generator().manual_seed(plan.seed))
+    return tuner
+
+
+def _run(
+    tuner: Tuner,
+    asked: Mapping[str, object],
+    plan: _Plan,
+    report: ProgressReport,
+    callbacks: Sequence[Callback],
+) -> None:
+    compute = tuner.settings.compute
+    validate = _validator(plan.validation, compute)
+    with seeded(plan.seed, compute.device), threads_of(compute.threads):
+        keeper = None
+        if plan.resume is not None:
+            keeper = follow_in(plan.resume, tuner, asked, plan.batches.loader, report)
+        tuner.run(plan.batches, report, validate, callbacks, keeper)
+    if tuner.stopped is not None:
+        report.note(f"purify: {tuner.stopped}")
+
+
+def _result(model: nn.Module, tuner: Tuner, name: str, plan: _Plan, seconds: float) -> PurifyResult:
+    cosine, norm = tuner.head.shift().tolist()
+    rows = (tuple(values) for values in tuner.head.shift_by_class().tolist())
     return PurifyResult(
-        model=model if inplace else tuned,
+        model=model,
         history=tuple(tuner.history),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         settings={
-            **chosen.settings(),
-            **asdict(settings),
-            "deterministic": deterministic,
-            "device": str(place),
+            **plan.method.settings(),
+            **tuner.settings.plain(),
+            "deterministic": plan.deterministic,
             "graphs": tuner.longest_graph or False,
             "head": name,
-            "seed": seed,
-            "validation": validation is not None,
+            "seed": plan.seed,
+            "validation": plan.validation is not None,
         },
         head_shift=HeadShift(cosine, norm, tuner.head.norm0.item(), *rows),
         stopped=tuner.stopped,
@@ -228,19 +301,19 @@ def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
 
 
 def _validator(
-    judged: Batches | None, settings: LoopSettings
+    judged: Batches | None, compute: ComputeSettings
 ) -> Callable[[nn.Module], float] | None:
     if judged is None:
         return None
 
     def validate(model: nn.Module) -> float:
-        return measure(model, judged, settings.device, settings.precision)[""].clean_accuracy
+        return measure(model, judged, compute.device, compute.precision)[""].clean_accuracy
 
     return validate
 
 
 def _steps(loader: Loader, epochs: int) -> int | None:
-    """Of the whole run; None where the loader does not tell its length."""
+    """How many steps the whole run has; None where the loader does not tell its length."""
     try:
         return epochs * len(loader)  # type: ignore[arg-type]
     except TypeError:

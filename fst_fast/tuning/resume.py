@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.atomic_files import TEMPORARIES, replace_file
 from ..data.prefetch import HostLoader
-from .autotune import Arrangement
-from .loop import Tuner
+from .loop import Position, Tuner
 from .progress import EpochRecord, ProgressReport
 
 NAME = "state.safetensors"
-FORMAT = "fst_fast run, version 2"
+FORMAT = "fst_fast run, version 3"
 
 
 class RunFolder:
@@ -39,11 +38,14 @@ class RunFolder:
         folder: made if it is not there.
         asked: what a run must agree in to be gone on with: settings, seed, the suspect's weights.
         loader: the tuning loader.
+        device: whose random numbers the run draws.
     Raises:
         ValueError: ``folder`` is a file.
     """
 
-    def __init__(self, folder: str | Path, asked: Mapping[str, Any], loader: object) -> None:
+    def __init__(
+        self, folder: str | Path, asked: Mapping[str, Any], loader: object, device: torch.device
+    ) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(
@@ -55,32 +57,32 @@ class RunFolder:
         for left in self.folder.glob(TEMPORARIES):
             left.unlink()
         self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
-        self._generators = generators_of(loader)
+        self._generators, self._device = generators_of(loader), device
         # Its thread has drawn for batches that are still to come.
         self._draws_ahead = isinstance(loader, HostLoader)
         self._start: _Draws | None = None
+        self._catch_up: Callable[[], None] = lambda: None
 
     def keep(self, tuner: Tuner) -> None:
         """Write down where the run stands: after an epoch, or where it was interrupted."""
-        device = tuner.settings.device
-        within = tuner.within != (0, 0)
+        within = tuner.position.within
         if within and (self._draws_ahead or tuner.head.weight_scale is not None):
             # Not to the bit: drawn ahead, or rounded when the head was made whole.
             return
-        tensors = {name: value.detach().cpu() for name, value in tensors_of(tuner).items()}
+        tensors = {name: value.detach().cpu() for name, value in tuner.state.saved().items()}
         facts = {
             "format": FORMAT,
             "asked": self.asked,
             "history": [dataclasses.asdict(record) for record in tuner.history],
-            "within": tuner.within,
+            "position": dataclasses.asdict(tuner.position),
         }
-        draws = {"now": _Draws.take(device, self._generators)}
+        draws = {"now": _Draws.take(self._device, self._generators)}
         if within and self._start is not None:
             draws["start"] = self._start
         for moment, drawn in draws.items():
             tensors |= {f"random.{moment}.{name}": value for name, value in drawn.tensors.items()}
             facts[moment] = drawn.facts
-        # Tied tensors are written in full; tensors_of() gives both names.
+        # safetensors takes no tensor that shares its memory.
         tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
         facts["digest"] = _digest(tensors, facts)
         data = safetensors.torch.save(tensors, {"facts": json.dumps(facts)})
@@ -105,30 +107,26 @@ class RunFolder:
                 f"purify: resume must name the folder of the same run, but {path} differs in "
                 f"{', '.join(apart)}; give this run a folder of its own"
             )
-        own = tensors_of(tuner)
         with torch.no_grad():
-            for name, value in own.items():
+            for name, value in tuner.state.saved().items():
                 value.copy_(tensors[name])
         tuner.history[:] = [EpochRecord(**record) for record in facts["history"]]
-        steps, images = facts["within"]
-        tuner.within = (steps, images)
+        tuner.position = Position(**facts["position"])
 
         def put(moment: str) -> None:
             prefix = f"random.{moment}."
             drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            _Draws(drawn, facts[moment]).put(tuner.settings.device, self._generators)
+            _Draws(drawn, facts[moment]).put(self._device, self._generators)
 
-        put("start" if steps else "now")
-        tuner.where_left_off = lambda: put("now")
+        put("start" if tuner.position.within else "now")
+        self._catch_up = lambda: put("now")
         return True
 
-    def follow(self, tuner: Tuner) -> None:
-        """Remember the random states of each epoch's start."""
+    def begin_epoch(self) -> None:
+        self._start = _Draws.take(self._device, self._generators)
 
-        def note() -> None:
-            self._start = _Draws.take(tuner.settings.device, self._generators)
-
-        tuner.at_start = note
+    def caught_up(self) -> None:
+        self._catch_up()
 
 
 def follow_in(
@@ -137,21 +135,19 @@ def follow_in(
     asked: Mapping[str, Any],
     loader: object,
     report: ProgressReport,
-) -> Callable[[Tuner], None]:
-    """Take up the run that the folder holds, if any; returns what keeps it there from now on."""
-    run = RunFolder(
-        folder, {**asked, **tuner.method.settings(), **dataclasses.asdict(tuner.settings)}, loader
-    )
+) -> RunFolder:
+    """Take up the run that the folder holds, if any; returns the folder, which keeps it."""
+    asked = {**asked, **tuner.method.settings(), **tuner.settings.plain()}
+    run = RunFolder(folder, asked, loader, tuner.settings.compute.device)
     if run.restore(tuner):
-        where = f"behind epoch {len(tuner.history)} of {tuner.settings.epochs}"
-        if tuner.within != (0, 0):
-            where += f", step {tuner.within[0]} of the next"
+        where = f"behind epoch {tuner.position.epoch} of {tuner.epochs}"
+        if tuner.position.within:
+            where += f", step {tuner.position.step} of the next"
         report.note(f"purify: goes on {where}")
-    run.follow(tuner)
-    return run.keep
+    return run
 
 
-def arrangement_of(folder: str | Path) -> Arrangement | None:
+def arrangement_of(folder: str | Path) -> dict[str, Any] | None:
     """How the steps of the run in the folder were computed; None where there is no run yet.
 
     What a trial chose must stay: it is part of the bits.
@@ -160,7 +156,7 @@ def arrangement_of(folder: str | Path) -> Arrangement | None:
     if not path.exists():
         return None
     _, facts = _read(path)
-    return Arrangement(*(facts["asked"][field.name] for field in dataclasses.fields(Arrangement)))
+    return {name: facts["asked"][name] for name in ("precision", "channels_last", "threads")}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -179,25 +175,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         f"purify: resume found a damaged or foreign {path}, with {reason}; restore it from a "
         "copy, or remove it to start anew"
     )
-
-
-def tensors_of(tuner: Tuner) -> dict[str, Tensor]:
-    """All that the next epoch depends on, by name: between epochs, to be kept or filled."""
-    head, guard = tuner.head, tuner.guard
-    out = {f"model.{name}": value for name, value in tuner.model.state_dict().items()}
-    out |= {"head.weight0": head.weight0, "head.norm0": head.norm0}
-    out |= {"head.weight_momentum": head.weight_momentum, "guard.scale": guard.scale}
-    out |= {"guard.growth": guard.growth}
-    if head.bias_momentum is not None:
-        out["head.bias_momentum"] = head.bias_momentum
-    for i, parameter in enumerate(tuner.backbone):
-        if tuner.optimizer is not None and tuner.settings.momentum:
-            out[f"momentum.{i}"] = tuner.optimizer.state[parameter]["momentum_buffer"]
-    out["totals"] = tuner.step.totals
-    if tuner.average is not None:
-        out |= {f"average.{i}": value for i, value in enumerate(tuner.average.mean)}
-        out["average.count"] = tuner.average.count
-    return out
 
 
 def fingerprint(model: nn.Module) -> str:

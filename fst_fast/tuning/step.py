@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data.batches import AUTOCAST, autocast
+from ..data.batches import AUTOCAST
 from ..heads.find import logits_of
 from ..heads.tap import FeatureTap
-from ..methods import HeadState, Method
+from ..methods import Batch, Closure, HeadState, Method
 from ..ops import head_deviation_loss
 from .batch_source import Feed
-from .memory import is_out_of_memory
 from .nonfinite import Guard
+from .run_state import RunState
+from .settings import LoopSettings
 
 # Heads of so many weights fall out of the caches: one pass fewer over them is a third of a step.
 DEFERRED_FROM = 2**19
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """How the loop runs; every field is resolved, none is "auto"."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not allocate; on the CPU that has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    epochs: int
-    lr: float
-    momentum: float
-    device: torch.device
-    precision: str
-    channels_last: bool
-    threads: int | None
-    backend: str | None
-    compile: bool = False
+
+# Gradients of a method on a batch, as Method.gradients leaves them.
+Gradients = Callable[[Batch, Closure], tuple[Tensor, Tensor]]
 
 
 class Step:
@@ -43,6 +37,10 @@ class Step:
     Nothing in it waits for the device, and apart from ``head_only`` and ``parts`` it does the same
     work every time, so that it can be recorded as a CUDA graph.
 
+    Args:
+        state: gets all tensors of the step.
+        gradients: the method's way to the gradients of a batch.
+        after: what the method does behind the update.
     Attributes:
         head_only: train the head alone, as some methods do in their first epochs.
         parts: into how many parts a batch is split, to take less memory.
@@ -57,8 +55,13 @@ class Step:
         method: Method,
         settings: LoopSettings,
         tap: FeatureTap | None,
+        state: RunState,
+        gradients: Gradients,
+        after: Callable[[], None],
     ) -> None:
-        self.model, self.method, self.settings = model, method, settings
+        self.model, self.method = model, method
+        self.compute, self.momentum = settings.compute, settings.momentum
+        self._method_gradients, self._after = gradients, after
         self.head = HeadState(head)
         self.tunes_head = method.trains != "backbone"
         own = {id(p) for p in head.parameters()}
@@ -71,86 +74,90 @@ class Step:
         self._head_parameters = list(head.parameters()) if self.tunes_head else []
         self.head_only = False
         self.parts = 1
-        self.lr = torch.tensor(settings.lr, device=settings.device)
+        device = self.compute.device
+        self.lr = torch.tensor(settings.lr, device=device)
         self.head_lr = self.lr.clone()
-        self.totals = torch.zeros(2, device=settings.device, dtype=torch.float64)
+        self.totals = torch.zeros(2, device=device, dtype=torch.float64)
         self.optimizer = self._make_optimizer() if self.backbone else None
-        classes = len(self.head.weight0)
-        self.guard = Guard(model, settings.device, settings.precision, classes)
-        # A method's own loss asks for logits.
-        self.tap = tap if type(method).loss is Method.loss else None
+        # A loss of the method's own asks for logits.
+        self.tap = None if method.needs_logits else tap
         if self.tap is not None and method.project and self.head.weight.numel() >= DEFERRED_FROM:
             self.head.defer_scale()
-        # Those of the steps; what is computed but once is not worth compiling.
+        self._register(state)
+        classes = len(self.head.weight0)
+        self.guard = Guard(state, device, self.compute.precision, classes)
+        # These run the steps; what is computed but once is not worth compiling.
         self._run_model: Callable[[Tensor], object] = model
         self._run_tap = self.tap
-        if settings.compile:
+        if self.compute.compile:
             self._run_model = torch.compile(model, dynamic=False)
             self._run_tap = None if self.tap is None else self.tap.compiled()
 
+    def _register(self, state: RunState) -> None:
+        kept = self.model.state_dict().keys()
+        for name, parameter in self.model.named_parameters():
+            state.add(f"model.{name}", parameter, "weight")
+        for name, buffer in self.model.named_buffers():
+            state.add(f"model.{name}", buffer, "buffer", saved=name in kept)
+        head = self.head
+        state.add("head.weight0", head.weight0, "fixed")
+        state.add("head.norm0", head.norm0, "fixed")
+        state.add("head.weight_momentum", head.weight_momentum, "momentum")
+        if head.bias_momentum is not None:
+            state.add("head.bias_momentum", head.bias_momentum, "momentum")
+        if head.weight_scale is not None:
+            # It is 1 whenever the head is whole, as it is between epochs.
+            state.add("head.weight_scale", head.weight_scale, "weight", saved=False)
+        if self.optimizer is not None and self.momentum:
+            buffers = (self.optimizer.state[p]["momentum_buffer"] for p in self.backbone)
+            state.add_all("momentum", buffers, "momentum")
+        state.add("totals", self.totals, "count")
+
     def _make_optimizer(self) -> torch.optim.SGD:
-        optimizer = torch.optim.SGD(
-            self.backbone, lr=self.lr, momentum=self.settings.momentum, fused=True
-        )
-        if self.settings.momentum:
+        optimizer = torch.optim.SGD(self.backbone, lr=self.lr, momentum=self.momentum, fused=True)
+        if self.momentum:
             for parameter in self.backbone:
                 # Zeros from the start: a first step skipped by the guard then leaves no garbage.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
-    def state(self) -> list[Tensor]:
-        """All tensors that a step changes."""
-        head = self.head
-        out = [*self.model.parameters(), *self.model.buffers(), self.totals, *self.guard.state()]
-        out += [t for t in (head.weight_momentum, head.bias_momentum) if t is not None]
-        if head.weight_scale is not None:
-            out.append(head.weight_scale)
-        if self.optimizer is not None and self.settings.momentum:
-            out += [self.optimizer.state[p]["momentum_buffer"] for p in self.backbone]
-        return out
-
     def place(self, images: Tensor) -> Tensor:
         """The images on the device, in the weights' dtype and layout."""
-        settings = self.settings
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        dtype = self.head.weight0.dtype
-        return images.to(settings.device, dtype, non_blocking=True, memory_format=layout)
+        compute, dtype = self.compute, self.head.weight0.dtype
+        return images.to(compute.device, dtype, non_blocking=True, memory_format=compute.layout)
 
     def features(self, images: Tensor) -> Tensor | None:
         """The head's input for placed images, or None where the model does more than its head."""
         if self.tap is None:
             return None
-        with autocast(self.settings.device, self.settings.precision):
+        with self.compute.autocast():
             return self.tap(images)
 
     def __call__(self, feed: Feed, kind: Hashable) -> None:
         """Take the staged batch and step; adds to ``totals``."""
         inputs, labels = feed.take(kind)
         labels = self.guard.admit(inputs, labels)
-        self.model.zero_grad(set_to_none=True)
-        loss, correct = self._gradients(inputs, labels, feed.gives_features)
+        batch = Batch(inputs, labels, feed.gives_features)
+        loss, correct = self._method_gradients(batch, self._gradients)
         trained = self._head_parameters + ([] if self.head_only else self.backbone)
         self.guard.inspect(loss, [p.grad for p in trained if p.grad is not None])
         self._update()
+        self._after()
         self.totals[0] += loss * len(labels)
         self.totals[1] += correct
         feed.advance(kind)
 
-    def _gradients(
-        self, inputs: Tensor, labels: Tensor, are_features: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Leave the batch's gradients; returns its mean loss and number correct."""
-        hold = self.method.course.hold
-        if hold is not None:
-            self.head.hold_at(hold)
-        count = len(labels)
+        self.model.zero_grad(set_to_none=True)
+        count = len(batch.labels)
         size = -(-count // self.parts)
         losses, corrects = [], []
-        for part, named in zip(inputs.split(size), labels.split(size), strict=True):
-            loss, correct = self._loss(part, named, are_features)
+        for inputs, labels in zip(batch.inputs.split(size), batch.labels.split(size), strict=True):
+            loss, correct = self._loss(Batch(inputs, labels, batch.are_features))
             if self.parts > 1:
                 # The mean over the batch; the penalty, in each part, adds up to one as well.
-                loss = loss * (len(named) / count)
+                loss = loss * (len(labels) / count)
             (loss * self.guard.scale).backward()
             losses.append(loss.detach())
             corrects.append(correct)
@@ -158,14 +165,14 @@ class Step:
             return losses[0], corrects[0]
         return torch.stack(losses).sum(), torch.stack(corrects).sum()
 
-    def _loss(self, inputs: Tensor, labels: Tensor, are_features: bool) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss and the number correct, from features where the model allows it."""
-        head = self.head
-        if are_features:
-            return self._fused_loss(inputs, labels)
+        head, labels = self.head, batch.labels
+        if batch.are_features:
+            return self._fused_loss(batch.inputs, labels)
         if self._run_tap is not None:
-            with autocast(self.settings.device, self.settings.precision):
-                features = self._run_tap(inputs)
+            with self.compute.autocast():
+                features = self._run_tap(batch.inputs)
             if features is not None:
                 return self._fused_loss(features, labels)
             # In train mode the model does more than its head, after all.
@@ -173,8 +180,8 @@ class Step:
             head.materialize()
             head.weight_scale = None
             self.guard.undo_forward()
-        with autocast(self.settings.device, self.settings.precision):
-            logits = logits_of(self._run_model(inputs)).flatten(1)
+        with self.compute.autocast():
+            logits = logits_of(self._run_model(batch.inputs)).flatten(1)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
 
@@ -184,7 +191,7 @@ class Step:
         if head.pressure is not None:
             penalty = head.pressure * penalty
         # Layers that autocast keeps in float32 may come last; the head's product is not one.
-        dtype = AUTOCAST.get(self.settings.precision, head.weight0.dtype)
+        dtype = AUTOCAST.get(self.compute.precision, head.weight0.dtype)
         got = head_deviation_loss(
             features.to(dtype),
             head.weight,
@@ -193,7 +200,7 @@ class Step:
             head.weight0,
             penalty,
             weight_scale=head.weight_scale,
-            backend=self.settings.backend,
+            backend=self.compute.backend,
         )
         return got.loss, got.correct
 
@@ -204,10 +211,10 @@ class Step:
         if self.tunes_head or self.method.project:
             self.head.step(
                 self.head_lr,
-                self.settings.momentum,
+                self.momentum,
                 self.method.project,
                 self.guard.found_inf,
-                self.settings.backend,
+                self.compute.backend,
             )
 
     def make_room(self, feed: Feed, kind: Hashable, error: Exception) -> None:
@@ -221,12 +228,12 @@ class Step:
         inputs, labels = feed.take(kind)
         averages = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
         count = len(labels)
-        if not averages and type(self.method).loss is Method.loss and self.parts < count:
+        if not averages and not self.method.needs_logits and self.parts < count:
             self.parts *= 2
             return
         size = count // 2
         # Batch norm may need two.
-        while size > 1 and not self._fits(inputs[:size], labels[:size], feed.gives_features):
+        while size > 1 and not self._fits(Batch(inputs[:size], labels[:size], feed.gives_features)):
             size //= 2
         why = "batch norm averages over all of it" if averages else "its loss is one of the whole"
         if size <= 1:
@@ -235,12 +242,12 @@ class Step:
             remedy = f"a batch of {size} fits: give the loader batch_size={size}"
         raise RuntimeError(
             f"purify: a batch of {count} takes more memory than there is on "
-            f"{self.settings.device}, and cannot be split, as {why}; {remedy}"
+            f"{self.compute.device}, and cannot be split, as {why}; {remedy}"
         ) from error
 
-    def _fits(self, inputs: Tensor, labels: Tensor, are_features: bool) -> bool:
+    def _fits(self, batch: Batch) -> bool:
         try:
-            self._gradients(inputs, labels, are_features)
+            self._gradients(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

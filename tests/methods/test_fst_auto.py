@@ -15,6 +15,7 @@ from fst_fast import methods
 from fst_fast.methods import HeadState
 from fst_fast.methods.fst_auto import FSTAuto
 from fst_fast.tuning.averaging import WeightAverage, fresh_statistics
+from fst_fast.tuning.run_state import RunState
 
 LR, MOMENTUM = 0.05, 0.9
 
@@ -185,7 +186,7 @@ def test_pressure_ends_where_the_head_is_held():
 
 def test_the_average_is_of_the_last_epochs():
     model = nn.Linear(2, 1)
-    average = WeightAverage(model, 0.4, 5)
+    average = WeightAverage(model, 0.4, 5, RunState())
     assert average.first == 3
     values = []
     for epoch in range(5):

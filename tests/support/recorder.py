@@ -33,11 +33,15 @@ def stand_in(monkeypatch, recorder):
 class Recorder:
     """A :class:`fst_fast.tuning.cuda_graphs.Capture`; counts what it was asked for.
 
+    Unlike CUDA it does the work that it records.
+
     Attributes:
         warm_ups, records, replays, timings: how often.
         step_seconds: what a replay is said to take.
         at_replay: called before each replay with its number, from 1.
     """
+
+    executes = True
 
     def __init__(self, step_seconds=0.0):
         self.warm_ups = self.records = self.replays = self.timings = 0

@@ -12,9 +12,17 @@ import fst_fast
 from fst_fast.data.batches import native_bf16
 from fst_fast.lab.models import resnet18
 from fst_fast.tuning import autotune
-from fst_fast.tuning.autotune import Arrangement, Wishes, arrange, choose, threads_of
+from fst_fast.tuning.autotune import arrange, choose, threads_of
+from fst_fast.tuning.settings import ComputeSettings
 
-START = Arrangement(channels_last=True, precision="bf16", threads=4)
+CPU = torch.device("cpu")
+
+
+def arranged(channels_last, precision, threads=None):
+    return ComputeSettings(CPU, precision, channels_last, threads)
+
+
+START = arranged(channels_last=True, precision="bf16", threads=4)
 BATCH = make_batches(1, size=8)[0]
 
 
@@ -41,11 +49,11 @@ def cost(**better):
     [
         (cost(), START),
         (cost(contiguous=0.9, fp32=0.9, threads2=0.9), START),
-        (cost(contiguous=0.8), Arrangement(False, "bf16", 4)),
-        (cost(fp32=0.8), Arrangement(True, "fp32", 4)),
-        (cost(threads2=0.8), Arrangement(True, "bf16", 2)),
+        (cost(contiguous=0.8), arranged(False, "bf16", 4)),
+        (cost(fp32=0.8), arranged(True, "fp32", 4)),
+        (cost(threads2=0.8), arranged(True, "bf16", 2)),
         (cost(threads1=0.1), START),
-        (cost(contiguous=0.8, fp32=0.7, threads2=0.6), Arrangement(False, "fp32", 2)),
+        (cost(contiguous=0.8, fp32=0.7, threads2=0.6), arranged(False, "fp32", 2)),
     ],
 )
 def test_what_is_clearly_faster_is_taken(seconds, expected):
@@ -57,9 +65,9 @@ def test_what_is_pinned_is_not_tried():
     pinned = {"layouts": False, "precisions": False, "threads": False}
     assert found(all_better, **pinned) == START
     for name, expected in (
-        ("layouts", Arrangement(False, "bf16", 4)),
-        ("precisions", Arrangement(True, "fp32", 4)),
-        ("threads", Arrangement(True, "bf16", 2)),
+        ("layouts", arranged(False, "bf16", 4)),
+        ("precisions", arranged(True, "fp32", 4)),
+        ("threads", arranged(True, "bf16", 2)),
     ):
         assert found(all_better, **{**pinned, name: True}) == expected
 
@@ -122,11 +130,11 @@ def test_threads_are_put_back():
 
 
 def test_what_was_asked_for_is_taken():
-    wishes = Wishes("fp32", channels_last=False, threads=3)
+    asked = ComputeSettings(CPU, "fp32", channels_last=False, threads=3)
     model = make_model().eval()
-    assert arrange(model, *BATCH, wishes, steps=1000) == Arrangement(False, "fp32", 3)
-    wishes = Wishes("fp16", channels_last=True)
-    assert arrange(model, *BATCH, wishes, steps=1) == Arrangement(True, "fp16", None)
+    assert arrange(model, *BATCH, asked, steps=1000) == arranged(False, "fp32", 3)
+    asked = ComputeSettings(CPU, "fp16", channels_last=True)
+    assert arrange(model, *BATCH, asked, steps=1) == arranged(True, "fp16", None)
 
 
 def test_short_runs_go_without_a_trial(monkeypatch):
@@ -135,11 +143,11 @@ def test_short_runs_go_without_a_trial(monkeypatch):
 
     monkeypatch.setattr(autotune, "choose", fails)
     model = make_model().eval()
-    usual = Arrangement(True, "bf16" if native_bf16() else "fp32", None)
-    assert arrange(model, *BATCH, Wishes(), steps=39) == usual
+    usual = arranged(True, "bf16" if native_bf16() else "fp32", None)
+    assert arrange(model, *BATCH, ComputeSettings(CPU), steps=39) == usual
     for steps in (40, None):
         with pytest.raises(AssertionError, match="tried"):
-            arrange(model, *BATCH, Wishes(), steps=steps)
+            arrange(model, *BATCH, ComputeSettings(CPU), steps=steps)
 
 
 def test_purify_tells_and_takes_the_arrangement():
@@ -150,7 +158,7 @@ def test_purify_tells_and_takes_the_arrangement():
 
 def test_a_run_that_goes_on_keeps_its_arrangement(tmp_path, monkeypatch):
     settings = {"precision": "auto", "epochs": 20, "resume": tmp_path}
-    fast = Arrangement(False, "fp32", 1)
+    fast = arranged(False, "fp32", 1)
     monkeypatch.setattr(autotune, "choose", lambda *_, **__: fast)
 
     def stop(record, model):
@@ -158,7 +166,7 @@ def test_a_run_that_goes_on_keeps_its_arrangement(tmp_path, monkeypatch):
 
     first = quick(make_model(), make_batches(), callbacks=[stop], **settings)
     assert first.settings["precision"] == "fp32"
-    other = Arrangement(True, "bf16", 1)
+    other = arranged(True, "bf16", 1)
     monkeypatch.setattr(autotune, "choose", lambda *_, **__: other)
     second = quick(make_model(), make_batches(), **settings)
     assert second.settings["precision"] == "fp32"

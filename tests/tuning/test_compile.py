@@ -8,7 +8,7 @@ from purify_cases import InPlaceWhenTraining, OnlyWhenTraining, make_batches, ma
 from recorder import Recorder, stand_in
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fst_fast.tuning import cuda_graphs, step
+from fst_fast.tuning import step
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_compiled(graphs_on, monkeypatch, fused):
     both(make_model, graphs=graphs_on)
     assert recorder.records == (0 if graphs_on is False else 2)
     # Under the recorder itself nothing is compiled, as it watches every call.
-    assert fused[: cuda_graphs.WARM_UPS] == [True] * cuda_graphs.WARM_UPS
+    assert fused[0]
     assert not fused[-1]
 
 

@@ -69,8 +69,9 @@ def test_replayed_steps_end_in_the_same_bits(loader, method, recorder):
         assert recorder.replays == 0
         return
     assert recorder.records == kinds
-    assert recorder.warm_ups == kinds * cuda_graphs.WARM_UPS
-    assert recorder.replays == 3 * len(plain.history)
+    assert recorder.warm_ups == kinds
+    # The first step of a kind runs as it is.
+    assert recorder.replays == 3 * len(plain.history) - kinds
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -81,7 +82,7 @@ def test_half_precision(precision, recorder):
         for on in ("auto", False)
     ]
     assert_same_run(*runs)
-    assert recorder.replays == 12
+    assert recorder.replays == 12 - 2
 
 
 def test_a_head_that_steps_with_a_deferred_factor(recorder, monkeypatch):
@@ -96,7 +97,7 @@ def test_random_numbers_of_the_device_go_on(recorder):
     model.insert(4, nn.Dropout(0.5))
     runs = [quick(model, uneven(), alpha=0.1, epochs=3, graphs=on) for on in ("auto", False)]
     assert_same_run(*runs)
-    assert recorder.replays == 9
+    assert recorder.replays == 9 - 2
 
 
 def test_goes_on_behind_an_interruption(recorder, tmp_path):
@@ -117,7 +118,8 @@ def test_ever_new_sizes_are_not_all_recorded(recorder):
     runs = [quick(make_model(), batches, alpha=0.1, graphs=on) for on in ("auto", False)]
     assert_same_run(*runs)
     assert recorder.records == cuda_graphs.MOST_GRAPHS
-    assert recorder.replays == 2 * cuda_graphs.MOST_GRAPHS
+    # In the first of two epochs they run as they are.
+    assert recorder.replays == cuda_graphs.MOST_GRAPHS
 
 
 def test_a_loader_whose_length_changes(recorder):

@@ -6,6 +6,7 @@ from torch import nn
 
 from fst_fast.tuning import cuda_graphs
 from fst_fast.tuning.nonfinite import RUN_AHEAD, Fault, Guard
+from fst_fast.tuning.run_state import RunState
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -17,7 +18,10 @@ def model():
 
 
 def guarded(model, precision="fp32", lag=None):
-    return Guard(model, CPU, precision, classes=4, lag=lag)
+    state = RunState()
+    for name, buffer in model.named_buffers():
+        state.add(name, buffer, "buffer")
+    return Guard(state, CPU, precision, classes=4, lag=lag)
 
 
 def batch(value=0.5, label=3):

@@ -36,7 +36,9 @@ class Interrupting(nn.Module):
 def where(folder):
     with safetensors.safe_open(folder / NAME, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
-    return len(facts["history"]), tuple(facts["within"])
+    position = facts["position"]
+    assert position["epoch"] == len(facts["history"])
+    return position["epoch"], (position["step"], position["images"])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lp"])
@@ -86,7 +88,7 @@ def test_a_deferred_head_goes_on_from_the_epoch(tmp_path, monkeypatch):
 
 CHILD = """
 import signal, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2].split(":")
 from purify_cases import make_batches, quick
 from test_resume_within import Interrupting
 
@@ -104,8 +106,9 @@ print("went on")
 
 @pytest.mark.parametrize("kept", ["kept", "not kept"])
 def test_sigterm_ends_the_process_with_the_state_on_the_disk(tmp_path, kept):
-    here = str(Path(__file__).parents[1] / "support")
-    command = [sys.executable, "-c", CHILD, str(tmp_path), here, kept]
+    here = Path(__file__).parent
+    paths = f"{here}:{here.parent / 'support'}"
+    command = [sys.executable, "-c", CHILD, str(tmp_path), paths, kept]
     child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert child.stdout == ""
     if kept != "kept":
