@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(NATIVE)
 
-.PHONY: setup demo test lint format tables hostile bench evidence-small gpu-check clean
+.PHONY: setup demo test lint format tables hostile bench evidence-small gpu-check gpu-bundle clean
 
 setup: $(STAMP)
 
@@ -61,8 +61,13 @@ evidence-small: $(STAMP)
 	$(PY) benchmarks/tables.py
 
 # On a machine with a GPU, in whose Python torch, triton and pytest are installed: no network needed.
+# CALL=A and CALL=B are five minutes each; see benchmarks/gpu_check.sh.
 gpu-check:
 	bash benchmarks/gpu_check.sh $(OUT)
+
+# The native ops for gpu-check, built ahead for the Python and torch of PYTHON: build/gpu_bundle.
+gpu-bundle:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_bundle.py make
 
 clean:
 	rm -rf build dist out *.egg-info fst_fast/_build_info.json fst_fast/*.so

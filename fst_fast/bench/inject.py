@@ -51,6 +51,7 @@ def measure(case: InjectCase, settings: Settings) -> dict[str, Any]:
     """Check every variant, then time those that are right."""
     load = machine.load_average()
     found = inject_peers.variants(case, settings.device, settings.variants)
+    found = [variant for variant in found if variant.name not in settings.without]
     right, refused = checked(case, found, settings.device)
     sets = [case.make_inputs(seed, settings.device) for seed in range(1, 1 + SETS)]
     blocks = suite.time_in_turn(dict.fromkeys(right), sets, settings)

@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--families",
         type=_list_of(str, inject_cases.FAMILIES),
         help=f"of inject, by comma: {', '.join(inject_cases.FAMILIES)}; default: all",
+    )
+    parser.add_argument(
+        "--without",
+        type=_list_of(str),
+        help="of inject, by comma: variants to leave out, baselines too",
     )
     job = parser.add_argument_group("of end2end")
     job.add_argument(
@@ -138,9 +143,13 @@ def make_settings(options: argparse.Namespace, name: str) -> suite.Settings:
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda needs a GPU, torch finds none; use --device cpu")
     known = _known(name, torch.device(device))
-    for variant in options.variants or ():
-        if variant not in known:
-            raise ValueError(f"--variants must be among {', '.join(known)}, got {variant!r}")
+    for argument in ("variants", "without"):
+        for variant in getattr(options, argument) or ():
+            if variant not in known:
+                names = ", ".join(known)
+                raise ValueError(f"--{argument} must be among {names}, got {variant!r}")
+    if options.without and name != "inject":
+        raise ValueError(f"--without must be left out of the suite {name}; it belongs to inject")
     threads = options.threads or [torch.get_num_threads()]
     if min(threads) < 1:
         raise ValueError(f"--threads must be at least 1, got {min(threads)}")
@@ -156,7 +165,17 @@ def make_settings(options: argparse.Namespace, name: str) -> suite.Settings:
         variants=options.variants,
         seconds=seconds,
         quick=options.quick,
+        without=options.without or (),
+        keep=_nowhere if options.record is None else _unfinished(options.record),
     )
+
+
+def _nowhere(record: Mapping[str, Any]) -> None:
+    pass
+
+
+def _unfinished(folder: Path) -> Callable[[Mapping[str, Any]], object]:
+    return lambda record: records.write_unfinished(record, folder)
 
 
 def _known(name: str, device: torch.device) -> list[str]:

@@ -51,6 +51,14 @@ def finish(record: Mapping[str, Any]) -> dict[str, Any]:
     return strict_json(record, "record")
 
 
+def write_unfinished(record: Mapping[str, Any], folder: Path) -> Path:
+    """Write FOLDER/<device>/<suite>.unfinished, for what is cut off; :func:`write` removes it."""
+    path = folder / record["device"]["type"] / f"{record['suite']}.unfinished"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, dump_json(finish(record)))
+    return path
+
+
 def write(record: Mapping[str, Any], folder: Path) -> Path:
     """Write FOLDER/<device>/<date>-<commit>-<suite>.json, all or nothing; return its path.
 
@@ -65,4 +73,5 @@ def write(record: Mapping[str, Any], folder: Path) -> Path:
         if not path.exists():
             break
     replace_file(path, dump_json(record))
+    (directory / f"{record['suite']}.unfinished").unlink(missing_ok=True)
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Settings:
         cases: of the suite's own kind.
         variants: names, those that ratios refer to being added; None takes all.
         seconds: for the rounds of one case.
+        without: names of variants that are left out, baselines too.
+        keep: called with the record so far after every case.
     """
 
     device: torch.device
@@ -35,6 +37,8 @@ class Settings:
     variants: list[str] | None = None
     seconds: float = 2.0
     quick: bool = False
+    without: Collection[str] = ()
+    keep: Callable[[Mapping[str, Any]], object] = lambda record: None
 
 
 def run(
@@ -77,6 +81,7 @@ def run(
             for case in settings.cases:
                 say(f"{case}, threads: {threads}")
                 record["cases"].append({"threads": threads, **measure(case, rates)})
+                settings.keep(record)
     finally:
         torch.set_num_threads(threads_before)
     record["load_average"]["after"] = machine.load_average()

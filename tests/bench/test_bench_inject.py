@@ -177,3 +177,36 @@ def test_another_may_differ_by_a_level_here_and_there_and_no_more():
 def test_wrong_arguments(capsys, arguments, message):
     assert bench.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_baseline_can_be_left_out(capsys):
+    status, record = run(capsys, "--families", "plain", "--without", "pil")
+    assert status == 0
+    for case in record["cases"]:
+        assert [row["variant"] for row in case["variants"]] == ["torch", "reference", "cpu"]
+        assert all("speedup_over_pil" not in row for row in case["variants"])
+    assert bench.main([*QUICK, "--without", "pill"]) == 1
+    assert "--without must be among pil, " in capsys.readouterr().err
+    assert bench.main(["loop", "--device", "cpu", "--without", "plain"]) == 1
+    assert "it belongs to inject" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_off_leaves_the_cases_before(monkeypatch, tmp_path, capsys):
+    real, seen = inject.measure, []
+
+    def measure(case, settings):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(case)
+        return real(case, settings)
+
+    monkeypatch.setattr(inject, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*QUICK, "--record", str(tmp_path)])
+    (left,) = tmp_path.rglob("*.*")
+    assert left.name == "inject.unfinished"
+    assert [case["family"] for case in json.loads(left.read_text())["cases"]] == ["plain"]
+    # A whole record takes its place.
+    monkeypatch.setattr(inject, "measure", real)
+    assert bench.main([*QUICK, "--families", "plain", "--record", str(tmp_path)]) == 0
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]
