@@ -37,7 +37,7 @@ def may_import(room, other):
 
 def forbidden(source, package, path=""):
     """The modules that a file of ``package`` imports and may not."""
-    room = rooms.room_of(f"{package}.x")
+    room = "" if package == "fst_fast" else rooms.room_of(f"{package}.x")
     outside = next((names for start, names in OUTSIDE.items() if path.startswith(start)), None)
     wrong = []
     for module in rooms.imports(source, package):
@@ -95,7 +95,7 @@ def test_the_reading_process_imports_nothing_beside_itself(name):
         ("from fst_fast.tuning.purify import purify", "fst_fast.ops", ["fst_fast.tuning.purify"]),
         ("from fst_fast import tuning", "fst_fast.ops", ["fst_fast.tuning"]),
         ("import fst_fast.tuning.loop as loop", "fst_fast.triggers", ["fst_fast.tuning.loop"]),
-        ("from ...triggers import x", "fst_fast.ops.reference", ["fst_fast.triggers"]),
+        ("from ...triggers import x", "fst_fast.ops.reference", ["fst_fast.triggers.x"]),
         ("from ... import triggers", "fst_fast.ops.reference", ["fst_fast.triggers"]),
         ("def late():\n    import fst_fast.cli.main", "fst_fast.heads", ["fst_fast.cli.main"]),
         ("from ..bench import records", "fst_fast.lab", ["fst_fast.bench.records"]),
