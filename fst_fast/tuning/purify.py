@@ -164,8 +164,10 @@ def purify(
         ):
             tuner = _prepare(tuned, name, plan)
             _run(tuner, asked, plan, report, callbacks)
+            # Behind this block the model goes back to its own device, and the original head stays.
+            shift = _shift(tuner)
         seconds = time.perf_counter() - started
-        return _result(model if inplace else tuned, tuner, name, plan, seconds)
+        return _result(model if inplace else tuned, tuner, shift, name, plan, seconds)
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,15 @@ def _run(
         report.note(f"purify: {tuner.stopped}")
 
 
-def _result(model: nn.Module, tuner: Tuner, name: str, plan: _Plan, seconds: float) -> PurifyResult:
+def _shift(tuner: Tuner) -> HeadShift:
     cosine, norm = tuner.head.shift().tolist()
     rows = (tuple(values) for values in tuner.head.shift_by_class().tolist())
+    return HeadShift(cosine, norm, tuner.head.norm0.item(), *rows)
+
+
+def _result(
+    model: nn.Module, tuner: Tuner, shift: HeadShift, name: str, plan: _Plan, seconds: float
+) -> PurifyResult:
     return PurifyResult(
         model=model,
         history=tuple(tuner.history),
@@ -251,7 +259,7 @@ def _result(model: nn.Module, tuner: Tuner, name: str, plan: _Plan, seconds: flo
             "seed": plan.seed,
             "validation": plan.validation is not None,
         },
-        head_shift=HeadShift(cosine, norm, tuner.head.norm0.item(), *rows),
+        head_shift=shift,
         stopped=tuner.stopped,
     )
 
