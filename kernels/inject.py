@@ -9,7 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inject_trigger import triggered
+from .inject_trigger import (
+    COLUMN,
+    COLUMNS,
+    FLAGS,
+    FLIP,
+    KEY,
+    LABEL,
+    LEVELS,
+    LOOKUP,
+    ROW,
+    SOURCE,
+    TILES,
+    TRIGGER,
+    Place,
+    Shape,
+    Tables,
+    find_trigger,
+    triggered,
+)
 
 BLOCK = 256
 
@@ -19,13 +37,7 @@ def inject_kernel(
     images_ptr,
     params_ptr,
     lut_ptr,
-    table_ptr,
-    noise_ptr,
-    patterns_ptr,
-    maps_ptr,
-    sources_ptr,
-    coords_ptr,
-    lookup_ptr,
+    tables,
     out_ptr,
     labels_ptr,
     images,
@@ -41,10 +53,10 @@ def inject_kernel(
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(0)
-    params_ptr += sample * 8
-    source = tl.load(params_ptr)
-    trigger = tl.load(params_ptr + 4)
-    key = tl.load(params_ptr + 7)
+    params_ptr += sample * COLUMNS
+    source = tl.load(params_ptr + SOURCE)
+    trigger = tl.load(params_ptr + TRIGGER)
+    key = tl.load(params_ptr + KEY)
     good = (source >= 0) & (source < images) & (trigger >= -1) & (trigger < triggers)
     source = tl.where(good, source, 0)
     trigger = tl.where(good, trigger, -1)
@@ -58,9 +70,9 @@ def inject_kernel(
         pixel = element % out_pixels
     y = pixel // out_width
     x = pixel % out_width
-    x = tl.where(tl.load(params_ptr + 3) > 0, out_width - 1 - x, x)
-    h = y + tl.load(params_ptr + 1)
-    w = x + tl.load(params_ptr + 2)
+    x = tl.where(tl.load(params_ptr + FLIP) > 0, out_width - 1 - x, x)
+    h = y + tl.load(params_ptr + ROW)
+    w = x + tl.load(params_ptr + COLUMN)
     exists = element < out_pixels * C
     inside = exists & (h >= 0) & (h < height) & (w >= 0) & (w < width) & (images > 0)
 
@@ -68,37 +80,20 @@ def inject_kernel(
     byte = tl.load(image_ptr + (h * width + w) * C + channel, mask=inside, other=0).to(tl.int32)
     if HAS_TRIGGERS:  # noqa: SIM102 (known when compiled, unlike the next)
         if trigger >= 0:
-            row_ptr = table_ptr + trigger * 8
-            if tl.load(row_ptr) & 1:
+            if tl.load(tables.table + trigger * COLUMNS + FLAGS) & LOOKUP:
                 good = good & (key >= 0) & (key < lookups)
             tile = 4 * (4 * h // height) + 4 * w // width
-            left_out = (tl.load(params_ptr + 6) >> tl.where(inside, tile, 0)) & 1
+            left_out = (tl.load(params_ptr + TILES) >> tl.where(inside, tile, 0)) & 1
             shown = inside & (left_out == 0) & good
-            changed = triggered(
-                byte,
-                image_ptr,
-                row_ptr,
-                noise_ptr + trigger * 4,
-                patterns_ptr,
-                maps_ptr,
-                sources_ptr,
-                coords_ptr,
-                lookup_ptr,
-                key,
-                h,
-                w,
-                channel,
-                shown,
-                height,
-                width,
-                C,
-            )
+            shape = Shape(height, width, C)
+            found = find_trigger(tables, trigger, image_ptr, key, shape)
+            changed = triggered(byte, found, Place(h, w, channel, shown), shape)
             byte = tl.where(shown, changed, byte)
-    value = tl.load(lut_ptr + channel * 256 + byte, mask=exists, other=0.0).to(tl.float32)
+    value = tl.load(lut_ptr + channel * LEVELS + byte, mask=exists, other=0.0).to(tl.float32)
     value = tl.where(good, value, float("nan"))
     tl.store(out_ptr + sample.to(tl.int64) * (out_pixels * C) + element, value, mask=exists)
     if tl.program_id(1) == 0:
-        tl.store(labels_ptr + sample, tl.load(params_ptr + 5).to(tl.int64))
+        tl.store(labels_ptr + sample, tl.load(params_ptr + LABEL).to(tl.int64))
 
 
 def inject(
@@ -125,9 +120,9 @@ def inject(
     if batch == 0:
         return out, labels
     grid = (batch, triton.cdiv(height * width * channels, BLOCK))
-    tables = (table, noise, patterns, maps, sources, coords, lookup)
+    tables = Tables(table, noise, patterns, maps, sources, coords, lookup)
     inject_kernel[grid](
-        *(images, params, lut, *tables, out, labels),
+        *(images, params, lut, tables, out, labels),
         *(len(images), len(table), len(lookup), *images.shape[1:3], height, width),
         C=channels,
         CHANNELS_LAST=channels_last,

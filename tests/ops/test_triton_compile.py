@@ -19,12 +19,16 @@ from triton_compile_cases import (
     inject_cases,
 )
 
+from fst_fast.ops.dtypes import DTYPES
+from fst_fast.ops.reference import inject as reference
+
 pytest.importorskip("triton", reason="Triton is not installed")
+tl = importlib.import_module("triton.language")
 
 ARCHITECTURES = (80, 90, 100)
 
 COMPILE = """
-import importlib, json, pathlib, subprocess, sys
+import collections, importlib, json, pathlib, subprocess, sys
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -38,13 +42,20 @@ for name in modules:
 tool = pathlib.Path(nvidia.__file__).with_name("bin") / "cuobjdump"
 cubin = pathlib.Path("kernel.cubin")
 compiled_kernels = set()
+
+def typed(kind):
+    # A tuple with names arrives as a dictionary.
+    if isinstance(kind, str):
+        return kind
+    return collections.namedtuple("Tables", kind)(*kind.values())
+
 for name, types, constants, fused, architecture in cases:
     kernel = kernels[name]
     options = {"enable_fp_fusion": fused, "num_warps": constants.pop("num_warps", 4)}
     signature = {
         n: types.get("pointer" if n.endswith("_ptr") else "number") for n in kernel.arg_names
     }
-    signature |= {n: t for n, t in types.items() if n in signature}
+    signature |= {n: typed(t) for n, t in types.items() if n in signature}
     signature |= dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
     source = ASTSource(kernel, signature, values)
@@ -104,6 +115,12 @@ def test_inject_compiles_for_every_generation_without_spills(tmp_path):
 
 def test_the_types_are_those_of_the_ops():
     names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-    for op in ("head_step", "_head_deviation_check"):
-        dtypes = importlib.import_module(f"fst_fast.ops.{op}").DTYPES
-        assert {names.get(dtype, "fp16") for dtype in dtypes} == set(TYPES), op
+    assert {names.get(dtype, "fp16") for dtype in DTYPES} == set(TYPES)
+
+
+def test_inject_s_columns_and_flags_are_the_reference_s():
+    kernel = importlib.import_module("fst_fast.kernels.inject_trigger")
+    named = [name for name, value in vars(kernel).items() if isinstance(value, tl.constexpr)]
+    for name in set(named) - {"COLUMNS", "LEVELS"}:
+        assert getattr(kernel, name).value == getattr(reference, name), name
+    assert {"KEY", "SEED", "MAPPED"} <= set(named)

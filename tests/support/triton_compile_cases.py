@@ -130,10 +130,11 @@ def inject_cases():
 
     A number that is 1 is a constant to Triton.
     """
-    types = pointers(("images_ptr", "maps_ptr", "lookup_ptr"), "u8")
-    types |= pointers(("params_ptr", "table_ptr", "sources_ptr"), "i32")
-    types |= pointers(("noise_ptr", "coords_ptr"), "fp32")
-    types |= pointers(("patterns_ptr",), "i16") | pointers(("labels_ptr",), "i64")
+    types = {"images_ptr": "*u8", "params_ptr": "*i32", "labels_ptr": "*i64"}
+    types["tables"] = {
+        **{"table": "*i32", "noise": "*fp32", "patterns": "*i16", "maps": "*u8"},
+        **{"sources": "*i32", "coords": "*fp32", "lookup": "*u8"},
+    }
     types |= {"number": "i32"}
     index = 0
     for kind in ("fp32", "bf16", "fp16"):
