@@ -1,6 +1,11 @@
-"""The CUDA ops compiled for the CPU, as torch.ops.fst_fast_emulated: see cuda_emulator."""
+"""The CUDA ops compiled for the CPU, as torch.ops.fst_fast_emulated: see cuda_emulator.
+
+They are compiled when a session with tests of them has been collected, before the first test's time
+begins, and kept in build/emulator until their sources, the compiler or torch are others.
+"""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,8 +15,12 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-FOLDER = Path(__file__).parents[1] / "cuda_emulator"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "tests" / "cuda_emulator"
+CACHE = ROOT / "build" / "emulator"
+SOURCES = (ROOT / "csrc", FOLDER)
 COMPILER = os.environ.get("CXX") or "c++"
+FLAGS = ("-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off")
 
 needs_compiler = pytest.mark.skipif(
     os.name != "posix" or shutil.which(COMPILER.split()[0]) is None,
@@ -19,30 +28,44 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def digest():
+    """Of all that the library is made from and with."""
+    version = subprocess.run(
+        [*COMPILER.split(), "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    found = hashlib.sha256("\0".join([COMPILER, version, torch.__version__, *FLAGS]).encode())
+    for path in sorted(path for folder in SOURCES for path in folder.rglob("*.*")):
+        found.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:32]
+
+
 def compile_ops(library):
-    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
     paths = [f"-I{path}" for path in (FOLDER, *include_paths())]
     paths += [f"-L{path}" for path in library_paths()]
-    command = [*COMPILER.split(), *flags, *paths, FOLDER / "ops.cpp", "-o", library]
+    command = [*COMPILER.split(), *FLAGS, *paths, FOLDER / "ops.cpp", "-o", library]
     result = subprocess.run(
         [*map(str, command), "-ltorch_cpu", "-lc10"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def load(tmp_path_factory):
-    """The ops, compiled once for all test files and workers of a run."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    library = folder / "emulated.so"
-    # One worker compiles, and the others wait for it.
-    with (folder / "emulated.lock").open("w") as lock:
+def build():
+    """The library, compiled unless it is there; what was made from other sources is removed."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    library = CACHE / f"{digest()}.so"
+    # One process compiles, and the others wait for it.
+    with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            compile_ops(folder / "unfinished.so")
-            (folder / "unfinished.so").rename(library)
-    torch.ops.load_library(library)
+            compile_ops(CACHE / "unfinished")
+            for other in CACHE.glob("*.so"):
+                other.unlink()
+            (CACHE / "unfinished").rename(library)
+    return library
+
+
+def load():
+    torch.ops.load_library(build())
     return torch.ops.fst_fast_emulated
 
 
