@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 // Device code that several kernels share. No ATen and no CUDA host calls here.
 namespace fst_fast {
@@ -40,6 +41,22 @@ __device__ inline Pack<scalar_t, kVector> load_pack(const scalar_t* pointer) {
 template <int kVector, typename scalar_t>
 __device__ inline void store_pack(scalar_t* pointer, const Pack<scalar_t, kVector>& pack) {
   *reinterpret_cast<Pack<scalar_t, kVector>*>(pointer) = pack;
+}
+
+// 16 bytes of global memory in one store. The compiler may not merge it with stores of its parts in
+// another branch, which would take it apart.
+template <typename scalar_t>
+__device__ inline void store_16_bytes(scalar_t* pointer,
+                                      const Pack<scalar_t, 16 / sizeof(scalar_t)>& pack) {
+#ifdef __CUDA_ARCH__
+  uint32_t words[4];
+  memcpy(words, pack.at, 16);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#else
+  store_pack(pointer, pack);
+#endif
 }
 
 // Every lane gets the sum over the warp, added in a fixed order.

@@ -142,7 +142,7 @@ __device__ void show(const Problem<out_t>& a, const Crop& crop, const out_t* lut
       values.at[j] = levels[j % kPeriod][bytes.word[j / 4] >> (j % 4 * 8) & 0xff];
     }
     if (first >= 0 && first + kVector <= count) {
-      store_pack(out + first, values);
+      store_16_bytes(out + first, values);
     } else {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {

@@ -5,35 +5,33 @@
 // Image rows and the table of input values, from global to shared memory.
 namespace fst_fast::inject::device {
 
-// 16 bytes that begin at an address; those outside [least, end) are 0 and not read.
-__device__ inline Pack<uint8_t, 16> load_word(uintptr_t address, uintptr_t least, uintptr_t end) {
-  if (address >= least && address + 16 <= end) {
-    return *reinterpret_cast<const Pack<uint8_t, 16>*>(address);
-  }
+// 16 aligned bytes of global memory, from byte `at` of `from` on; those outside [least, end) are 0
+// and not read.
+__device__ inline Pack<uint8_t, 16> load_word(const uint8_t* from, int at, int least, int end) {
+  if (at >= least && at + 16 <= end) return load_pack<16>(from + at);
   Pack<uint8_t, 16> word{};
   for (int i = 0; i < 16; ++i) {
-    if (address + i < least || address + i >= end) continue;
-    word.at[i] = *reinterpret_cast<const uint8_t*>(address + i);
+    if (at + i >= least && at + i < end) word.at[i] = from[at + i];
   }
   return word;
 }
 
 // Copies count bytes in whole words, aligned as they are, so up to 15 bytes before and behind come
-// along. Returns where the first one is. whole, whole_bytes: the tensor, beyond which nothing is
-// read.
-__device__ inline unsigned char* stage(const uint8_t* from, int count, const uint8_t* whole,
-                                       int64_t whole_bytes, unsigned char* to) {
+// along. Returns where the first one is. before, behind: bytes of the tensor around `from`, of
+// which no others are read.
+__device__ inline unsigned char* stage(const uint8_t* from, int count, int64_t before,
+                                       int64_t behind, unsigned char* to) {
   constexpr int kAtOnce = 4;
-  const auto address = reinterpret_cast<uintptr_t>(from);
-  const auto least = reinterpret_cast<uintptr_t>(whole), end = least + whole_bytes;
-  const int skip = static_cast<int>(address % 16);
+  const int skip = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16);
   const int words = count == 0 ? 0 : (skip + count + 15) / 16;
+  const int least = before < skip ? skip - static_cast<int>(before) : 0;
+  const int end = behind < words * 16 - skip ? skip + static_cast<int>(behind) : words * 16;
   for (int i = threadIdx.x; i < words; i += kAtOnce * kThreads) {
     Pack<uint8_t, 16> word[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int at = i + j * kThreads;
-      if (at < words) word[j] = load_word(address - skip + at * 16, least, end);
+      if (at < words) word[j] = load_word(from - skip, at * 16, least, end);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
@@ -65,9 +63,9 @@ __device__ unsigned char* stage_rows(const Problem<out_t>& a, const Sample& samp
   const uint8_t* image = looks ? a.tables.lookup + sample.key * bytes : stored;
   const int count = max(bottom - top, 0) * line;
   if (trigger.flags == 0 || in_place(trigger, sample)) {
-    const uint8_t* whole = looks ? a.tables.lookup : a.images;
     const int64_t images = looks ? a.tables.lookup_count : a.image_count;
-    to = stage(image + top * line, count, whole, images * bytes, to);
+    const int64_t before = (looks ? sample.key : sample.source) * bytes + top * line;
+    to = stage(image + top * line, count, before, images * bytes - before, to);
     if ((trigger.flags & ~kLookup) == 0) return to;
     __syncthreads();
   }
