@@ -5,12 +5,14 @@ logits. Module names play no part.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .weight import is_pointwise
 
 Node = torch.autograd.graph.Node
 
@@ -34,14 +36,6 @@ TRANSPOSES = re.compile("T|Transpose|Permute")
 MATMULS = re.compile("Mm|Addmm|Bmm|Baddbmm|Addbmm")
 # Where a product takes its bias.
 BIAS_FIRST = re.compile("Addmm|Baddbmm|Addbmm|Addmv")
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """A Linear, or a 1x1 Conv2d with one group and no padding: a matrix [K, D] on features [D]."""
-    if isinstance(module, nn.Conv2d):
-        plain = module.kernel_size == (1, 1) and module.groups == 1
-        return plain and module.padding in ((0, 0), "valid", "same")
-    return isinstance(module, nn.Linear)
 
 
 @dataclass
@@ -252,15 +246,3 @@ class Reader:
 def unique(items: Iterable[Any]) -> list[Any]:
     """The items in order, each once (by identity for modules, by value for words)."""
     return list(dict.fromkeys(items))
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """All tensors of a nested output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from tensors_in(item)
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from tensors_in(item)

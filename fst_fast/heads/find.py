@@ -1,15 +1,24 @@
 """Find the classification head of any image classifier, by evidence, or refuse."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from fst_fast.heads.evidence import Reader, is_pointwise, tensors_in, unique
-from fst_fast.heads.probe import BATCH, ProbeError, trace, unwrap
+from .copies import unwrap
+from .evidence import Reader, unique
+from .output import logits_of, tensors_in
+from .probe import BATCH, ProbeError, trace
+from .proof import proves
+from .weight import (
+    checked_weight,
+    head_matrix,
+    head_shape,
+    is_pointwise,
+    layer_words,
+    not_ready,
+    sharers,
+)
 
 __all__ = [
     "AmbiguousHeadError",
@@ -33,9 +42,10 @@ def find_head(
 ) -> nn.Module:
     """The layer that makes the logits: an ``nn.Linear`` or a 1x1 ``nn.Conv2d``.
 
-    A copy without weights is run in eval mode on a batch of 2, and the autograd graph is followed
-    back from the logits to the matrix product that made them. Names play no part. The model is not
-    touched. Forward hooks on it belong to its forward, so they run, on fake tensors.
+    A copy without weights is run in eval mode on a batch of 2. If it returns the very tensor that
+    its last layer made, that layer is the head. Otherwise the autograd graph is followed back from
+    the logits to the matrix product that made them. Names play no part. The model is not touched.
+    Forward hooks on it belong to its forward, so they run, on fake tensors.
 
     Args:
         model:   any module; DataParallel, DistributedDataParallel and torch.compile are looked
@@ -58,40 +68,7 @@ def find_head(
         head = _by_name(model, head) if isinstance(head, str) else unwrap(head)
         return _checked(root, head)
     _require_ready(root)
-    return _from_evidence(root, example)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]`` or a 1-tuple of one.
-
-    Raises:
-        ValueError: the output is none of these, or its logits are not a floating tensor.
-    """
-    logits = output
-    if not isinstance(output, Tensor):
-        if isinstance(getattr(output, "logits", None), Tensor):
-            logits = output.logits
-        elif isinstance(output, Mapping):
-            logits = output.get("logits")
-        elif isinstance(output, (tuple, list)) and len(output) == 1:
-            logits = output[0]
-    if isinstance(logits, Tensor) and logits.is_floating_point():
-        return logits
-    raise ValueError(
-        "logits_of: output must be a floating tensor, an object or mapping with 'logits', or a "
-        f"1-tuple, got {_describe(output)}; wrap the model so that it returns its logits"
-    )
-
-
-def head_shape(head: nn.Module) -> tuple[int, int]:
-    """(K, D): classes and features of a Linear or 1x1 Conv2d."""
-    K, D = _weight(head).shape[:2]
-    return K, D
-
-
-def head_matrix(head: nn.Module) -> Tensor:
-    """The weight as [K, D], a differentiable view that shares its storage, whatever its strides."""
-    return _weight(head).view(head_shape(head))
+    return _by_proof(root, example) or _from_evidence(root, example)
 
 
 def head_name(model: nn.Module, head: nn.Module) -> str:
@@ -106,6 +83,21 @@ def head_name(model: nn.Module, head: nn.Module) -> str:
     raise ValueError(
         f"head_name: head must be a module of the model, got a foreign {type(head).__name__}"
     )
+
+
+def _by_proof(root: nn.Module, example: Any) -> nn.Module | None:
+    """The last layer registered, where it provably makes the logits and nothing speaks against it.
+
+    Whatever is odd about it is left to the evidence, which says so in words.
+    """
+    last = next(reversed(_pointwise(root)), None)
+    if last is None:
+        return None
+    try:
+        checked_weight("find_head", last)
+    except ValueError:
+        return None
+    return None if any(sharers(root, last)) or not proves(root, last, example) else last
 
 
 def _from_evidence(root: nn.Module, example: Any) -> nn.Module:
@@ -156,30 +148,9 @@ def _checked(root: nn.Module, head: nn.Module) -> nn.Module:
             f"{type(head).__name__}; candidates: {_names(root, _pointwise(root))}"
         )
     label = _names(root, [head])
-    if not is_pointwise(head):
-        raise ValueError(
-            f"find_head: the head must be a Linear or a 1x1 Conv2d (groups=1, no padding), got "
-            f"{label}; pass head= another layer: {_names(root, _pointwise(root))}"
-        )
-    weight = head._parameters.get("weight")
-    if weight is None or parametrize.is_parametrized(head):
-        raise ValueError(
-            f"find_head: the weight of {label} is parametrised (weight_norm, spectral_norm, "
-            "pruning, ...); remove the parametrisation first, or pass head= another layer"
-        )
-    if is_lazy(weight):
-        raise _not_ready(label)
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"find_head: the weight of {label} must be floating, got {weight.dtype}; dequantise "
-            "it first, or pass head= another layer"
-        )
-    if weight.shape[0] < 2:
-        raise ValueError(
-            f"find_head: the head must have K >= 2 outputs, got K = {weight.shape[0]} in {label}; "
-            "use one output per class, or pass head= another layer"
-        )
-    shared = [words for name in ("weight", "bias") for words in _sharers(root, head, name)]
+    another = f"pass head= another layer: {_names(root, _pointwise(root))}"
+    checked_weight("find_head", head, label, another)
+    shared = sorted(sharers(root, head), reverse=True)
     if shared:
         raise ValueError(
             f"find_head: {label} shares its {', '.join(shared)}; untie them first (give the head "
@@ -188,49 +159,10 @@ def _checked(root: nn.Module, head: nn.Module) -> nn.Module:
     return head
 
 
-def _weight(head: nn.Module) -> Tensor:
-    if not is_pointwise(head):
-        raise ValueError(f"heads: head must be a Linear or a 1x1 Conv2d, got {_size(head)}")
-    return cast(Tensor, head.weight)
-
-
-def _sharers(root: nn.Module, head: nn.Module, own: str) -> Iterator[str]:
-    """The other parameters and buffers that are, or overlap in memory with, the head's ``own``."""
-    mine = head._parameters.get(own)
-    for path, module in root.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or mine is None or (module is head and name == own):
-                continue
-            if _overlap(tensor, mine):
-                yield f"{own} with '{f'{path}.{name}'.lstrip('.')}'"
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if any(is_lazy(t) or t.layout != torch.strided or t.numel() == 0 for t in (a, b)):
-        return False
-    same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
-    return same_storage and a_start < b_end and b_start < a_end
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and past-the-end byte within the storage."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(extent) * tensor.element_size()
-
-
 def _require_ready(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if any(is_lazy(p) for p in module._parameters.values()):
-            raise _not_ready(f"'{name}' ({type(module).__name__})")
-
-
-def _not_ready(label: str) -> ValueError:
-    return ValueError(
-        f"find_head: {label} is a lazy layer without a weight yet; run one batch through the "
-        "model first (head= cannot help before that)"
-    )
+            raise not_ready("find_head", f"'{name}' ({type(module).__name__})")
 
 
 def _is_classifier_output(output: Any) -> bool:
@@ -257,25 +189,9 @@ def _names(root: nn.Module, modules: list[nn.Module]) -> str:
     """Qualified names and shapes; of many, the last ones."""
     names = {id(module): name for name, module in root.named_modules()}
     words = [
-        f"'{names.get(id(module), '?') or '(the model itself)'}' ({_size(module)})"
+        f"'{names.get(id(module), '?') or '(the model itself)'}' ({layer_words(module)})"
         for module in modules[-SHOWN:]
     ]
     if len(modules) > SHOWN:
         words.insert(0, f"{len(modules) - SHOWN} earlier layers")
     return ", ".join(words) or "none"
-
-
-def _size(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return f"{type(module).__name__} {module.in_features}->{module.out_features}"
-    if isinstance(module, nn.Conv2d):
-        sides = "x".join(map(str, module.kernel_size))
-        return f"{type(module).__name__} {sides} {module.in_channels}->{module.out_channels}"
-    return type(module).__name__
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a {output.dtype} tensor"
-    size = f" of {len(output)}" if isinstance(output, (tuple, list, Mapping)) else ""
-    return f"{type(output).__name__}{size}"

@@ -1,46 +1,24 @@
 """Runs a model for ``find_head`` without touching it: in a copy that holds no weights."""
 
-import copy
-import functools
 import logging
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fst_fast.heads.evidence import Trace
+from .copies import Stage, copy_of
+from .evidence import Trace
 
 SIDES = (224, 32, 64, 28, 256, 299, 384, 96, 128, 160, 192, 240, 288, 320, 336, 448, 512, 518)
 BATCH = 2
 MAX_REJECTED = 6
 
-# Hooks that take no part in a forward; a backward hook would also hide its module in the graph.
-IDLE_HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
 Input = tuple[tuple[int, ...], torch.dtype]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How to run a copy: under which mode, and where its tensors lie (None: they are shared)."""
-
-    modes: tuple[AbstractContextManager, ...]
-    device_for: Callable[[Tensor], torch.device] | None
-
 
 DETACHES = (
     torch.Tensor.detach,
@@ -72,22 +50,6 @@ class KeepHistory(TorchFunctionMode):
 
 class ProbeError(Exception):
     """No input made the copy run to a classifier's output."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile, in any nesting.
-
-    Other wrappers are modules like any other: their forward is part of the evidence.
-    """
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(model, compiled):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def trace(model: nn.Module, example: Any, accepts: Callable[[Any], bool]) -> Trace:
@@ -147,8 +109,11 @@ def inputs_for(model: nn.Module, example: Any) -> Iterator[Input]:
         shape = (BATCH, *images.shape[1:])
         yield from dict.fromkeys([(shape, images.dtype), (shape, dtype)])
         return
-    for shape in dict.fromkeys(_guess_shapes(model)):
-        yield (BATCH, *shape), dtype
+    seen = set()
+    for shape in _guess_shapes(model):
+        if shape not in seen:
+            seen.add(shape)
+            yield (BATCH, *shape), dtype
 
 
 def _guess_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -173,7 +138,7 @@ def _guess_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 def _run(model: nn.Module, stage: Stage, shape: tuple[int, ...], dtype: torch.dtype) -> Trace:
     with ExitStack() as stack:
-        for context in _quiet(model):
+        for context in quiet(model):
             stack.enter_context(context)
         twin, tensors, modules = copy_of(model, stage)
         result = Trace(None, modules, tensors, values=stage.device_for is None, copy=twin)
@@ -194,7 +159,7 @@ def _run(model: nn.Module, stage: Stage, shape: tuple[int, ...], dtype: torch.dt
         return result
 
 
-def _quiet(model: nn.Module) -> Iterator[AbstractContextManager]:
+def quiet(model: nn.Module) -> Iterator[AbstractContextManager]:
     """Gradients on, compiled parts eager, random state put back, no log of failed attempts."""
     yield _silent(logging.getLogger("torch._subclasses.fake_tensor"))
     yield torch.inference_mode(False)
@@ -211,68 +176,6 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def copy_of(
-    model: nn.Module, stage: Stage
-) -> tuple[nn.Module, dict[int, Tensor], dict[int, nn.Module]]:
-    """A copy of the module structure in eval mode, every floating parameter requiring grad.
-
-    Where the stage names a device its tensors have no values; elsewhere the parameters share the
-    model's storage. Ties stay ties.
-    Returns:
-        the copy; id(parameter of the copy) -> parameter; id(module of the copy) -> module.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors_to_replace(model, stage):
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _twin(tensor, stage)
-    tensors: dict[int, Tensor] = {id(memo[id(p)]): p for p in model.parameters()}
-    for module in model.modules():
-        _keep_hooks_small(module, memo)
-    twin = copy.deepcopy(model, memo)
-    modules = {id(memo[id(m)]): m for m in model.modules() if id(m) in memo}
-    for module in list(twin.modules()):
-        for name, child in list(module._modules.items()):
-            if child is not None:
-                module._modules[name] = unwrap(child)
-    return twin.eval(), tensors, modules
-
-
-def _keep_hooks_small(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Leave idle hooks out of the copy; share, not copy, what else owns a forward hook."""
-    for name in IDLE_HOOKS:
-        memo[id(vars(module).get(name))] = OrderedDict()
-    memo.pop(id(None), None)
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        # A trainer and its data, say. A hook that is a method of a module moves with it.
-        method = hook.func if isinstance(hook, functools.partial) else hook
-        owner = getattr(method, "__self__", hook)
-        if not isinstance(owner, nn.Module):
-            memo[id(owner)] = owner
-
-
-def _tensors_to_replace(model: nn.Module, stage: Stage) -> Iterator[Tensor]:
-    yield from model.parameters()
-    if stage.device_for is not None:
-        yield from model.buffers()
-    for module in model.modules():
-        for value in vars(module).values():
-            # deepcopy refuses tensors with history.
-            if isinstance(value, Tensor) and (stage.device_for is not None or not value.is_leaf):
-                yield value
-
-
-def _twin(tensor: Tensor, stage: Stage) -> Tensor:
-    if stage.device_for is None:
-        twin = tensor.detach()
-    else:
-        size, stride, device = tensor.size(), tensor.stride(), stage.device_for(tensor)
-        with stage.modes[0]:
-            twin = torch.empty_strided(size, stride, dtype=tensor.dtype, device=device)
-    if not isinstance(tensor, nn.Parameter):
-        return twin
-    return nn.Parameter(twin, requires_grad=twin.is_floating_point() or twin.is_complex())
 
 
 def _first_line(error: Exception) -> str:

@@ -201,7 +201,7 @@ def integer():
     [
         (Net, nn.Linear(8, 4), ("must be a module of the model", "'zzz' (Linear 8->4)")),
         (Net, "nowhere", ("names no module", "'nowhere'", "'zzz' (Linear 8->4)")),
-        (Net, "conv", ("Linear or a 1x1 Conv2d", "'conv' (Conv2d 3x3 3->8)", "'zzz'")),
+        (Net, "conv", ("a Linear or 1x1 Conv2d", "'conv' (Conv2d 3x3 3->8)", "'zzz'")),
         (lambda: Net(zzz=nn.Conv2d(8, 4, 1, groups=2)), "zzz", ("groups=1",)),
         (lambda: Net(zzz=nn.Conv2d(8, 4, 1, padding=1)), "zzz", ("no padding",)),
         (lambda: Net(classes=1), "zzz", ("K >= 2", "K = 1")),

@@ -12,6 +12,8 @@ OUTSIDE = {
     "fst_fast/heads/find.py": ("torch",),
     "fst_fast/heads/evidence.py": ("torch",),
     "fst_fast/heads/probe.py": ("torch",),
+    "fst_fast/heads/proof.py": ("torch",),
+    "fst_fast/heads/copies.py": ("torch",),
     "fst_fast/checkpoints/load.py": ("torch", "safetensors"),
     # The reading process starts with these: what they import, every first .pt waits for.
     "fst_fast/checkpoints/state_dicts.py": ("torch",),
