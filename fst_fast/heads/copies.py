@@ -53,7 +53,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Other wrappers are modules like any other: their forward is part of the evidence.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    compiled = _made_by_compile()
     while True:
         if isinstance(model, wrappers):
             model = model.module
@@ -61,6 +61,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of the model is a ScriptModule or what ``torch.compile`` returns."""
+    compiled = (torch.jit.ScriptModule, *_made_by_compile())
+    return any(isinstance(module, compiled) for module in model.modules())
+
+
+def _made_by_compile() -> tuple[Any, ...]:
+    """The class of what ``torch.compile`` returns, once there is any: its import takes seconds."""
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return () if kind is None else (kind,)
 
 
 def copy_of(

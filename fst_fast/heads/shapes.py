@@ -70,7 +70,8 @@ def _pair(value: Any) -> tuple[int, ...]:
     """A number or a pair of them, as a pair; empty for a padding in words."""
     if isinstance(value, int):
         return value, value
-    return tuple(value) if isinstance(value, tuple | list) and len(value) == 2 else ()
+    numbers = isinstance(value, tuple | list) and all(isinstance(n, int) for n in value)
+    return tuple(value) if numbers and len(value) == 2 else ()
 
 
 def _attention(
@@ -88,6 +89,23 @@ def _attention(
     return query.new_empty((*query.shape[:-1], value.shape[-1])) if same and fits else None
 
 
+def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
+    dims = [dim] if isinstance(dim, int) else dim
+    # Last ones only: then no dimension needs to be moved.
+    if not dims or kwargs or sorted(d % input.dim() for d in dims) != _last(input, len(dims)):
+        return None
+    return input.new_empty((*input.shape[: -len(dims)], *[1] * (len(dims) * keepdim)))
+
+
+def _last(input: Tensor, count: int) -> list[int]:
+    return list(range(input.dim() - count, input.dim()))
+
+
+def _pooled(input: Tensor, output_size: Any) -> Tensor | None:
+    size = _pair(output_size)
+    return input.new_empty((*input.shape[:2], *size)) if size and input.dim() == 4 else None
+
+
 def _binary(x: Any, y: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or args or kwargs:
         return None
@@ -101,6 +119,8 @@ SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
     F.conv2d: _conv2d,
     F.scaled_dot_product_attention: _attention,
+    F.adaptive_avg_pool2d: _pooled,
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **dict.fromkeys((torch.relu, Tensor.relu, F.relu, F.relu6, F.hardtanh), _elementwise),
     **dict.fromkeys((F.gelu, F.silu, F.hardswish, F.hardsigmoid), _elementwise),
     **dict.fromkeys((torch.add, torch.mul, Tensor.add, Tensor.mul), _binary),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .contexts import evaluating, restored
-from .find import head_shape, logits_of, unwrap
+from .copies import is_compiled, unwrap
+from .output import logits_of
+from .weight import head_shape
 
 
 class FeatureTap:
@@ -87,8 +89,7 @@ def tap_features(
     Nor where a hook waits for the logits. Two of the images are run in eval mode, and with
     ``train`` in train mode too, without gradients; the model is left as it was.
     """
-    compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-    if unwrap(model) is not model or any(isinstance(m, compiled) for m in model.modules()):
+    if unwrap(model) is not model or is_compiled(model):
         return None
     if any(m._forward_hooks and any(part is head for part in m.modules()) for m in model.modules()):
         return None

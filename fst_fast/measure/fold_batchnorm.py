@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ..heads.find import logits_of, unwrap
+from ..heads.copies import is_compiled, unwrap
+from ..heads.output import logits_of
 
 _FOLDS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv1d: fuse_conv_bn_eval,
@@ -54,8 +55,7 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
 
 def _is_readable(model: nn.Module) -> bool:
     """Whether a traced copy would do all that the model does."""
-    compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-    if unwrap(model) is not model or any(isinstance(m, compiled) for m in model.modules()):
+    if unwrap(model) is not model or is_compiled(model):
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -29,6 +29,13 @@ CALLS = {
         (F.linear, (A, torch.randn(5, 7), torch.randn(5)), {}),
         (F.scaled_dot_product_attention, (A, B, B), {}),
     ],
+    "means": [
+        (F.adaptive_avg_pool2d, (A, 1), {}),
+        (F.adaptive_avg_pool2d, (A, (2, 3)), {}),
+        (torch.mean, (A, (2, 3)), {}),
+        (Tensor.mean, (A, [-1, -2], True), {}),
+        (Tensor.mean, (A, 3), {"keepdim": True}),
+    ],
     "sums": [(torch.add, (A, B), {}), (Tensor.__mul__, (A, B), {}), (Tensor.add, (A, 2), {})],
 }
 
@@ -55,6 +62,7 @@ def test_a_shape_that_is_known_is_the_functions_own(name):
         (F.batch_norm, (A, torch.zeros(7), torch.ones(7))),
         (F.layer_norm, (A, (9, 8))),
         (F.linear, (A, torch.randn(5, 8))),
+        (torch.mean, (A, (3, 3))),
         (F.scaled_dot_product_attention, (A, B[..., :3], B)),
     ],
 )
