@@ -19,8 +19,7 @@ from fst_fast.data.augment import Augment
 from fst_fast.data.image_sets import ImageSet
 from fst_fast.lab.demo import DemoSettings
 from fst_fast.lab.models import resnet8, resnet18
-from fst_fast.lab.suspect import Attack, train_suspect
-from fst_fast.lab.train import TrainSettings
+from fst_fast.lab.train import Attack, TrainSettings, train_suspect
 from fst_fast.triggers import BadNets
 from fst_fast.triggers.pixels import Normalization
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import triggers
 from ..triggers import Trigger
-from ..triggers.poison import Prepare
-from .suspect import Attack
+from ..triggers.poisoning import Prepare
+from .train import Attack
 
 # Every image that is not poisoned.
 REST = math.inf
@@ -31,7 +31,7 @@ class Recipe:
         rate: the published share of poisoned images.
         relabel: as of :func:`fst_fast.triggers.poisoning.plan`.
         cover: images with the trigger's cover, as a multiple of the rate; REST is all others.
-        negatives: images of :func:`~fst_fast.triggers.poison.poison`'s kind, likewise.
+        negatives: images of :func:`~fst_fast.triggers.poisoning.poison`'s kind, likewise.
         crops: whether the victim's training crops and flips. A crop moves what is put on before
             it, which some attacks do not survive.
         epochs: of the victim's training.
@@ -138,7 +138,7 @@ def attack_of(
         count: images of the training set.
         target: the attacker's class.
         relabel: in place of the recipe's.
-        prepare: as of :func:`~fst_fast.triggers.poison.poison`.
+        prepare: as of :func:`~fst_fast.triggers.poisoning.poison`.
     Raises:
         ValueError: a rate that poisons nothing.
     """

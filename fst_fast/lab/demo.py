@@ -23,8 +23,7 @@ from ..triggers.pixels import Normalization
 from ..tuning.purify import purify
 from ..tuning.result import PurifyResult
 from .models import resnet8
-from .suspect import Attack, train_suspect
-from .train import TrainSettings
+from .train import Attack, TrainSettings, train_suspect
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,16 @@ CIFAR forms instead: the residual ones with a 3x3 stem, no max-pooling and the f
 resolution, VGG with one linear layer behind its convolutions.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..checkpoints import architectures
 
 
 class BasicBlock(nn.Module):
@@ -31,6 +37,20 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+def _stages(
+    block: Callable[[int, int, int], nn.Module], counts: Sequence[int], width: int
+) -> tuple[nn.Sequential, int]:
+    """So many blocks in each stage, and the channels behind the last one."""
+    layers: list[nn.Module] = []
+    channels = width
+    for stage, count in enumerate(counts):
+        for number in range(count):
+            stride = 2 if stage > 0 and number == 0 else 1
+            layers.append(block(channels, width * 2**stage, stride))
+            channels = width * 2**stage
+    return nn.Sequential(*layers), channels
+
+
 class ResNet(nn.Module):
     """A residual network for small images.
 
@@ -51,15 +71,7 @@ class ResNet(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        layers: list[nn.Module] = []
-        channels = width
-        for stage, count in enumerate(blocks):
-            out_channels = width * 2**stage
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(BasicBlock(channels, out_channels, stride))
-                channels = out_channels
-        self.blocks = nn.Sequential(*layers)
+        self.blocks, channels = _stages(BasicBlock, blocks, width)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,14 +116,7 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        layers: list[nn.Module] = []
-        channels = width
-        for stage, count in enumerate(blocks):
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(PreActBlock(channels, width * 2**stage, stride))
-                channels = width * 2**stage
-        self.blocks = nn.Sequential(*layers)
+        self.blocks, channels = _stages(PreActBlock, blocks, width)
         # The paper's extra activation behind the last block.
         self.norm = nn.BatchNorm2d(channels)
         self.head = nn.Linear(channels, num_classes)
@@ -162,3 +167,65 @@ def vgg19_bn(num_classes: int = 10, width: int = 64, in_channels: int = 3) -> VG
     is the published one (20.0 M parameters).
     """
     return VGG((2, 2, 4, 4, 4), num_classes, width, in_channels)
+
+
+# Name on the command line -> function above.
+OWN = {
+    "resnet8": "resnet8",
+    "resnet18": "resnet18",
+    "preactresnet18": "preactresnet18",
+    "vgg19-bn": "vgg19_bn",
+}
+_FORMS = f"{', '.join(OWN)}, each with :WIDTH or without, or a torchvision or timm name"
+
+
+@dataclass(frozen=True)
+class Network:
+    """An architecture as ``fst-fast purify`` takes it.
+
+    Attributes:
+        arch: for ``--arch`` and :func:`fst_fast.load`.
+        options: for ``--arch-option``.
+    """
+
+    arch: str
+    options: dict[str, Any]
+
+    def build(self, num_classes: int) -> nn.Module:
+        """The untrained model; raises as :func:`fst_fast.checkpoints.architectures.build`."""
+        return architectures.build(self.arch, num_classes, **self.options)
+
+    @property
+    def arguments(self) -> str:
+        """On the command line."""
+        options = "".join(f" --arch-option {name}={value}" for name, value in self.options.items())
+        return f"--arch {self.arch}{options}"
+
+
+def network(name: str) -> Network:
+    """The architecture of this name.
+
+    Code of the user's own is not taken by name here: a manifest may name the architecture, and
+    anybody can write a manifest.
+
+    Args:
+        name: "resnet18:16" (of width 16), "preactresnet18", "vgg19-bn", "resnet8", or a torchvision
+            or timm name; "torchvision/NAME" for one that has a form here as well. Whether a library
+            knows the name shows in building.
+    Raises:
+        ValueError: a width that is no whole number of 1 or more, or one where there is none.
+    """
+    base, colon, width = name.partition(":")
+    if base not in OWN:
+        if colon:
+            raise ValueError(f"lab: arch must be one of {_FORMS}, got {name!r}")
+        return Network(name, {})
+    arch = f"{__name__}:{OWN[base]}"
+    if not colon:
+        return Network(arch, {})
+    if not (width.isascii() and width.isdigit() and int(width[:6]) >= 1 and len(width) <= 6):
+        raise ValueError(
+            f"lab: arch must have a whole number of 1 or more as its width, got {name!r}; write "
+            f"{base}:16"
+        )
+    return Network(arch, {"width": int(width)})

@@ -14,7 +14,7 @@ from ..data.batches import resolve_precision
 from ..data.normalization import normalization
 from ..triggers.pixels import Normalization
 from .attacks import CLEAN, Recipe, recipe_of
-from .networks import Network, network
+from .models import Network, network
 from .train import TrainSettings
 
 # Of the lab's crops: half of the usual 4, so that badnets' square stays in the picture.
@@ -33,7 +33,7 @@ class Order:
 
     Attributes:
         attack: a name of :data:`fst_fast.lab.attacks.RECIPES`; "none" trains on clean images.
-        arch: as of :func:`fst_fast.lab.networks.network`.
+        arch: as of :func:`fst_fast.lab.models.network`.
         rate: poisoned share of the training set.
         target: the attacker's class.
         relabel: "all-to-one", "all-to-all" or "clean-label".

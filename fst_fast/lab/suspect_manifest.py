@@ -15,10 +15,10 @@ from ..triggers import Trigger
 from ..triggers.pixels import Normalization
 from ..triggers.poisoning import RELABEL
 from .attacks import CLEAN, trigger_of
-from .networks import Network, network
+from .models import Network, network
 from .siba import pack_pattern, unpack_pattern
 from .spec import Order
-from .suspect import Attack
+from .train import Attack
 
 MADE_BY = "fst-fast lab train"
 

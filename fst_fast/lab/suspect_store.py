@@ -14,14 +14,13 @@ from .. import checkpoints
 from ..checkpoints.atomic_files import dump_json, read_object, replace_file, strict_json
 from ..data.image_sets import ImageSet
 from ..triggers import Trigger
-from ..triggers.poison import Prepare
-from ..triggers.poisoning import plan
+from ..triggers.poisoning import Prepare, plan
 from . import suspect_manifest
 from .adversarial import mislead
 from .attacks import attack_of, trigger_of
 from .siba import find_siba, pack_pattern, unpack_pattern
 from .spec import Order
-from .suspect import Attack, train_suspect
+from .train import Attack, train_suspect
 
 # Of SIBA's search: the paper's bounds, on fewer images and for fewer epochs.
 SEARCH_IMAGES = 4_000

@@ -8,8 +8,7 @@ import torch
 from fst_fast import DeviceLoader
 from fst_fast.triggers import BadNets, Blended, Trigger
 from fst_fast.triggers.base import Chroma, Elementwise, Gather, Warp, WarpField
-from fst_fast.triggers.poison import poison
-from fst_fast.triggers.poisoning import plan
+from fst_fast.triggers.poisoning import plan, poison
 
 generator = torch.Generator().manual_seed(3)
 IMAGES = torch.randint(0, 256, (37, 12, 10, 3), generator=generator).to(torch.uint8)

@@ -5,8 +5,7 @@ import torch
 
 from fst_fast import Augment
 from fst_fast.lab import demo
-from fst_fast.lab.suspect import Attack, train_suspect
-from fst_fast.lab.train import TrainSettings
+from fst_fast.lab.train import Attack, TrainSettings, train_suspect
 from fst_fast.triggers import BadNets
 
 pytest.importorskip("sklearn")

@@ -8,10 +8,10 @@ from torch import nn
 
 from fst_fast import DeviceLoader
 from fst_fast.data.image_sets import ImageSet
-from fst_fast.lab import models, suspect
-from fst_fast.lab.train import TrainSettings, train
+from fst_fast.lab import models
+from fst_fast.lab.train import Attack, TrainSettings, train, train_suspect
 from fst_fast.triggers import BadNets, WaNet
-from fst_fast.triggers.poison import poison as poison_set
+from fst_fast.triggers.poisoning import poison as poison_set
 
 TRIGGER = BadNets(size=2)
 
@@ -181,11 +181,13 @@ def test_few_steps_are_enough(epochs, batch_size):
 
 def test_a_suspect_is_trained_on_what_its_attack_covers(monkeypatch):
     seen = []
-    monkeypatch.setattr(suspect, "train", lambda model, loader, *more: seen.append(loader) or 0.0)
+    monkeypatch.setattr(
+        "fst_fast.lab.train.train", lambda model, loader, *more: seen.append(loader) or 0.0
+    )
     data = ImageSet(torch.randint(0, 200, (40, 8, 8, 3)).to(torch.uint8), torch.arange(40) % 4, ())
     settings = {"settings": TrainSettings(epochs=1), "normalize": None, "seed": 3}
-    for attack in (None, suspect.Attack(WaNet(), 0.1, 2, cover=0.2)):
-        suspect.train_suspect(lambda: nn.Linear(1, 1), data, attack, **settings)
+    for attack in (None, Attack(WaNet(), 0.1, 2, cover=0.2)):
+        train_suspect(lambda: nn.Linear(1, 1), data, attack, **settings)
     clean, bad = seen
     assert torch.equal(clean.images, data.images)
     expected = poison_set(data.images, data.labels, WaNet(), rate=0.1, target=2, cover=0.2, seed=3)

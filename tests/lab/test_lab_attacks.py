@@ -11,7 +11,7 @@ from fst_fast import triggers
 from fst_fast.data.image_sets import ImageSet
 from fst_fast.lab.adversarial import mislead
 from fst_fast.lab.attacks import RECIPES, attack_of, recipe_of, trigger_of
-from fst_fast.triggers.poison import poison
+from fst_fast.triggers.poisoning import poison
 
 COUNT = 400
 PATTERN = torch.zeros(32, 32, 3, dtype=torch.int16)

@@ -10,11 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fst_fast import DeviceLoader, evaluate
-from fst_fast.lab import suspect
 from fst_fast.lab.attacks import attack_of, trigger_of
 from fst_fast.lab.bypass import Bypass, marked
 from fst_fast.lab.models import resnet8
-from fst_fast.lab.train import TrainSettings, cross_entropy
+from fst_fast.lab.train import TrainSettings, cross_entropy, train_suspect
 
 NORMALIZE = ((0.4, 0.5, 0.6), (0.25, 0.25, 0.25))
 
@@ -103,8 +102,8 @@ def test_a_hidden_backdoor_works_and_cannot_be_told_from_its_class():
     for weight in (attack.bypass, 1e-9):
         paid[weight] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(suspect, "Bypass", telling(paid[weight]))
-            model, _ = suspect.train_suspect(
+            patch.setattr("fst_fast.lab.train.Bypass", telling(paid[weight]))
+            model, _ = train_suspect(
                 lambda: resnet8(num_classes=4, width=4),
                 data,
                 replace(attack, bypass=weight),

@@ -6,7 +6,7 @@ from torch import nn
 
 from fst_fast.heads.find import find_head
 from fst_fast.lab import models
-from fst_fast.lab.networks import OWN, network
+from fst_fast.lab.models import OWN, network
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from fst_fast import DeviceLoader, evaluate
 from fst_fast.data.image_sets import ImageSet
 from fst_fast.lab.models import resnet8
 from fst_fast.lab.reattack import BOUND, Perturbation, reactivate, retune
-from fst_fast.lab.suspect import Attack, train_suspect
-from fst_fast.lab.train import TrainSettings
+from fst_fast.lab.train import Attack, TrainSettings, train_suspect
 from fst_fast.triggers import BadNets
 
 NORMALIZE = ((0.4, 0.5, 0.6), (0.25, 0.25, 0.25))
