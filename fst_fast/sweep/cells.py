@@ -17,11 +17,10 @@ from ..measure.evaluate import Metrics, evaluate
 from ..tuning.progress import EpochRecord
 from ..tuning.purify import purify
 from ..tuning.result import PurifyResult
-from .config import Config, Suspect
+from .config import Checkpoint, Config, normalization_of
 from .folder import SweepFolder
 from .plan import Cell, Material
 from .rows import NOT_MEASURED, Row
-from .values import normalization_of
 
 OnEpoch = Callable[[EpochRecord], None]
 
@@ -87,7 +86,7 @@ class Worker:
             KeyboardInterrupt: Ctrl-C; the cell goes on from its last epoch another time.
         """
         row: dict[str, Any] = {
-            "checkpoint": cell.suspect.written,
+            "checkpoint": cell.suspect.path,
             "sha256": self._sha256(cell.suspect),
             "method": cell.method,
             "alpha": cell.alpha,
@@ -104,14 +103,14 @@ class Worker:
         self.folder.clear(cell)
         return done
 
-    def _sha256(self, suspect: Suspect) -> str:
-        index = self.config.suspects.index(suspect)
-        return str(self.plan["checkpoints"][f"{index} {suspect.written}"]["sha256"])
+    def _sha256(self, suspect: Checkpoint) -> str:
+        index = self.config.checkpoints.index(suspect)
+        return str(self.plan["checkpoints"][f"{index} {suspect.path}"]["sha256"])
 
     def _purify(self, cell: Cell, row: dict[str, Any], on_epoch: OnEpoch) -> Row:
         suspect, config, computed = cell.suspect, self.config, self.plan["computed"]
         model = checkpoints.load(
-            suspect.path, suspect.arch, suspect.num_classes, **suspect.arch_options
+            suspect.file, suspect.arch, suspect.num_classes, **suspect.arch_options
         )
         before = self._before(suspect, model)
         kind = repr((suspect.arch, suspect.num_classes, suspect.arch_options))
@@ -154,7 +153,7 @@ class Worker:
         self._save(cell, done, result)
         return done
 
-    def _before(self, suspect: Suspect, model: nn.Module) -> Metrics:
+    def _before(self, suspect: Checkpoint, model: nn.Module) -> Metrics:
         with self.folder.before(suspect) as known:
             if known is not None:
                 return known
@@ -162,11 +161,11 @@ class Worker:
             self.folder.keep_before(suspect, metrics)
             return metrics
 
-    def _measure(self, suspect: Suspect, model: nn.Module) -> Metrics:
+    def _measure(self, suspect: Checkpoint, model: nn.Module) -> Metrics:
         return evaluate(
             model,
             self._judged,
-            suspect.trigger,
+            suspect.attack,
             suspect.target,
             device=self.device,
             precision=self.plan["computed"]["precision"],
@@ -174,7 +173,7 @@ class Worker:
 
     def _save(self, cell: Cell, row: Row, result: PurifyResult) -> None:
         """The manifest, which ends the cell, and before it the weights."""
-        trigger = cell.suspect.trigger
+        trigger = cell.suspect.attack
         attack: object = NOT_MEASURED
         if trigger is not None:
             attack = {

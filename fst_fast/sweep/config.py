@@ -1,161 +1,211 @@
-"""The YAML file of a sweep, read safely and checked to the last key."""
+"""The YAML file of a sweep: its keys, their defaults, and what each must be."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .. import methods, triggers
+from ..data.normalization import NORMALIZATIONS
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization
-from . import values
-from .values import Keys
+from . import yaml_file
+from .yaml_file import one_of, shown, unfit
 
-# Trigger options, the deepest thing there is, need a handful.
-MOST_NESTED = 30
+# What a checkpoint takes from the top of the file where it leaves it out.
+SHARED = ("arch", "arch_options", "num_classes", "head")
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """One entry of ``checkpoints``.
+def _different(values: list[Any]) -> list[Any]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise unfit(f"a list with nothing twice ({shown(value)} is)", "leave one out")
+    return values
+
+
+def _normalization(value: Any) -> str | Normalization:
+    """A name in NORMALIZATIONS, or [[means], [standard deviations]]; as it was written."""
+    if isinstance(value, str) and value in NORMALIZATIONS:
+        return value
+    expected = f"one of {', '.join(NORMALIZATIONS)} or [[means], [standard deviations]]"
+    try:
+        means, stds = ([float(v) for v in part if not isinstance(v, str)] for part in value)
+    except (TypeError, ValueError, OverflowError):
+        raise unfit(expected, "write numbers, such as [[0.5], [0.2]]") from None
+    fits = means and len(means) == len(stds) and min(stds) > 0
+    if isinstance(value, str) or not fits or not all(map(math.isfinite, means + stds)):
+        raise unfit(expected, "as many deviations as means, each > 0")
+    return means, stds
+
+
+def _in_folder(value: Any, info: ValidationInfo) -> Path:
+    if not isinstance(value, str) or not value.strip():
+        raise unfit("text", "put it in quotes")
+    folder: Path = (info.context or {})["folder"]
+    return folder / value
+
+
+InFolder = Annotated[Path, BeforeValidator(_in_folder)]
+Options = Annotated[
+    dict[str, Any],
+    AfterValidator(lambda v: {k: tuple(i) if isinstance(i, list) else i for k, i in v.items()}),
+]
+Different = AfterValidator(_different)
+MethodName = Annotated[str, one_of(*methods.available())]
+Alpha = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+
+def _text(default: Any = None, **more: Any) -> Any:
+    return Field(default, pattern=r"\S", description="text", **more)
+
+
+def _whole(least: int, default: int | None = None) -> Any:
+    return Field(default, ge=least, description=f"a whole number >= {least}")
+
+
+def _options() -> Any:
+    return Field(default_factory=dict, description="a mapping of names to values")
+
+
+class _Keys(BaseModel):
+    """A mapping with known keys; null is as good as an absent key."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+
+class Checkpoint(_Keys):
+    """One entry of ``checkpoints``; what :data:`SHARED` names comes from the top of the file.
 
     Attributes:
-        name: of its folder: its number and the file's name.
-        written: the path as it stands in the file.
-        path: of the checkpoint; relative ones start at the configuration's folder.
+        path: as it stands in the file.
         arch, arch_options, num_classes: as for :func:`fst_fast.load`.
         head: name of the classification layer; None finds it.
-        trigger: of the attack; None measures none.
+        trigger, trigger_options: of the attack; None measures none.
         target: the attacker's class.
+        name: of its folder: its number and the file's name.
+        file: the path; relative ones start at the configuration's folder.
+        attack: the trigger itself.
     """
 
-    name: str
-    written: str
-    path: Path
-    arch: str
-    arch_options: dict[str, Any]
-    num_classes: int | None
-    head: str | None
-    trigger: Trigger | None
-    target: int
+    path: str = _text(..., examples=["suspect.pt"])
+    arch: str = _text(..., examples=["resnet18"])
+    arch_options: Options = _options()
+    num_classes: int | None = _whole(1)
+    head: str | None = _text()
+    trigger: Annotated[str, one_of(*sorted(triggers.ZOO))] | None = None
+    trigger_options: Options = _options()
+    target: int = _whole(0, 0)
+    _name: str = PrivateAttr("")
+    _file: Path = PrivateAttr(Path())
+    _attack: Trigger | None = PrivateAttr(None)
+
+    name = property(lambda self: self._name)
+    file = property(lambda self: self._file)
+    attack = property(lambda self: self._attack)
+
+    @model_validator(mode="after")
+    def _with_trigger(self) -> Checkpoint:
+        if self.trigger is None and self.trigger_options:
+            raise unfit("given with its options", "add `trigger: badnets`", "trigger", "nothing")
+        try:
+            if self.trigger is not None:
+                self._attack = triggers.get(self.trigger, **self.trigger_options)
+        except ValueError as error:
+            words = f"such as fit {self.trigger} ({error})"
+            raise unfit(words, "", "trigger_options", str(self.trigger_options)) from None
+        return self
+
+    def placed(self, folder: Path, number: str) -> None:
+        """Give it a name and a file."""
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(self.path).stem)[:60]
+        self._name, self._file = f"{number}-{stem}", folder / self.path
 
 
-@dataclass(frozen=True)
-class Config:
-    """A sweep as it was asked for; but for ``suspects``, named as the file's keys."""
+class Config(_Keys):
+    """A sweep as it was asked for; fields are the file's keys."""
 
-    out: Path
-    suspects: tuple[Suspect, ...]
-    data: Path
-    test: Path | None
-    size: int | None
-    normalize: str | Normalization
-    augment: str
-    batch_size: int
-    methods: tuple[str, ...]
-    alphas: tuple[float | str, ...]
-    seeds: tuple[int, ...]
-    epochs: int
-    lr: float
-    momentum: float
-    precision: str
-    threads: int | None
-    device: str | None
-    weights: bool
-    results: str
-
-
-def read_config(path: str | Path) -> Config:
-    """Read and check a configuration; nothing that it names is opened.
-
-    Raises:
-        ValueError: the file cannot be read, is not YAML, or a key is unknown, missing, doubled or
-            holds a wrong value; says which, what was expected, what came and the remedy.
-    """
-    path = Path(path)
-    try:
-        source = path.read_text(encoding="utf-8")
-        _check_depth(source)
-        content = yaml.safe_load(source)
-        doubled = next(_doubled(yaml.compose(source, Loader=yaml.SafeLoader)), None)
-    except OSError as error:
-        raise ValueError(
-            f"sweep: the configuration must be a readable file, got {path}: {error.strerror}; "
-            "check the path"
-        ) from None
-    # On malformed tags and endless nesting, PyYAML lets through what Python raises.
-    except Exception as error:
-        raise ValueError(f"sweep: {path} must be YAML, got: {error}; correct that line") from None
-    if doubled is not None:
-        raise ValueError(
-            f"sweep: {path}: {doubled} must be given once, got it twice; YAML would keep the last: "
-            "leave one out"
-        )
-    keys = Keys(content, str(path))
-    config = _config(keys, path)
-    keys.finish()
-    return config
-
-
-def _check_depth(source: str) -> None:
-    """Brackets within brackets take PyYAML a time that grows with the square of their depth."""
-    depth = 0
-    for mark in re.findall(r"[\[{}\]]", source):
-        depth = depth + 1 if mark in "[{" else max(0, depth - 1)
-        if depth > MOST_NESTED:
-            raise ValueError(f"brackets nested more than {MOST_NESTED} deep")
-
-
-def _doubled(root: yaml.Node | None) -> Iterator[str]:
-    """Keys that stand twice in one mapping, with their line."""
-    left, known = [root], set()
-    while left:
-        node = left.pop()
-        # Aliases of aliases name a few nodes very often.
-        if id(node) in known:
-            continue
-        known.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if str(key.value) in seen:
-                    yield f"{key.value} (line {key.start_mark.line + 1})"
-                seen.add(str(key.value))
-                left.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            left.extend(node.value)
-
-
-def _config(keys: Keys, path: Path) -> Config:
-    folder = path.parent
-    chosen = keys.filled("methods", values.list_of(values.one_of(*methods.available())), ["fst"])
-    test = keys.optional("test", values.text, None)
-    return Config(
-        out=folder / keys.required("out", values.text, "sweep"),
-        suspects=_suspects(keys, path),
-        data=folder / keys.required("data", values.text, "clean"),
-        test=None if test is None else folder / test,
-        size=keys.optional("size", values.whole(1), None),
-        normalize=keys.required("normalize", values.normalization, "cifar10"),
-        augment=keys.filled("augment", values.one_of("none", "cifar"), "none"),
-        batch_size=keys.filled("batch_size", values.whole(1), 128),
-        methods=tuple(chosen),
-        alphas=_alphas(keys, chosen, path),
-        seeds=tuple(keys.filled("seeds", values.list_of(values.whole(0)), [0])),
-        epochs=keys.filled("epochs", values.whole(1), 10),
-        lr=keys.filled("lr", values.positive, 0.01),
-        momentum=keys.filled("momentum", values.fraction, 0.9),
-        precision=keys.filled("precision", values.one_of("auto", "fp32", "bf16", "fp16"), "auto"),
-        threads=keys.optional("threads", values.whole(1), None),
-        device=keys.optional("device", values.text, None),
-        weights=keys.filled("weights", values.boolean, True),
-        results=keys.filled("results", values.one_of("csv", "parquet"), "csv"),
+    out: InFolder = Field(examples=["sweep"])
+    checkpoints: list[Checkpoint] = Field(min_length=1, examples=["[suspect.pt]"])
+    arch: str | None = _text()
+    arch_options: Options = _options()
+    num_classes: int | None = _whole(1)
+    head: str | None = _text()
+    data: InFolder = Field(examples=["clean"])
+    test: InFolder | None = None
+    size: int | None = _whole(1)
+    normalize: Annotated[Any, BeforeValidator(_normalization)] = Field(examples=["cifar10"])
+    augment: Annotated[str, one_of("none", "cifar")] = "none"
+    batch_size: int = _whole(1, 128)
+    methods: Annotated[list[MethodName], Different] = Field(["fst"], min_length=1)
+    alphas: Annotated[list[Alpha], Different] = Field(
+        ["auto"], min_length=1, description="a finite number >= 0 or auto"
     )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Different] = Field(
+        [0], min_length=1, description="a whole number >= 0"
+    )
+    epochs: int = _whole(1, 10)
+    lr: float = Field(0.01, gt=0, description="a finite number > 0")
+    momentum: float = Field(0.9, ge=0, lt=1, description="a number in [0, 1)")
+    precision: Annotated[str, one_of("auto", "fp32", "bf16", "fp16")] = "auto"
+    threads: int | None = _whole(1)
+    device: str | None = _text()
+    weights: bool = Field(True, description="true or false")
+    results: Annotated[str, one_of("csv", "parquet")] = "csv"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared(cls, value: Any) -> Any:
+        """Each checkpoint a mapping, with what the top of the file says of all."""
+        if not isinstance(value, dict) or not isinstance(value.get("checkpoints"), list):
+            return value
+        top = {key: value[key] for key in SHARED if value.get(key) is not None}
+        entries = [{"path": e} if isinstance(e, str) else e for e in value["checkpoints"]]
+        return {
+            **value,
+            "checkpoints": [{**top, **e} if isinstance(e, dict) else e for e in entries],
+        }
+
+    @field_validator("alphas")
+    @classmethod
+    def _taken(cls, alphas: list[float | str], info: ValidationInfo) -> list[float | str]:
+        chosen = info.data.get("methods", ["fst"])
+        if not any(map(takes_alpha, chosen)):
+            raise unfit(
+                f"left out where no method takes one ({', '.join(chosen)} do not)",
+                "leave it out, or add fst to methods",
+            )
+        return alphas
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _placed(cls, found: list[Checkpoint], info: ValidationInfo) -> list[Checkpoint]:
+        for i, checkpoint in enumerate(found):
+            checkpoint.placed((info.context or {})["folder"], f"{i:0{len(str(len(found) - 1))}}")
+            if checkpoint.file.resolve() in [other.file.resolve() for other in found[:i]]:
+                got = f"{shown(checkpoint.path)} as number {i + 1}, which is one of those before"
+                raise unfit("different files", "leave one out", got=got)
+        return found
 
 
 def takes_alpha(method: str) -> bool:
@@ -163,75 +213,16 @@ def takes_alpha(method: str) -> bool:
     return "alpha" in methods.get(method).settings()
 
 
-def _alphas(keys: Keys, chosen: list[str], path: Path) -> tuple[float | str, ...]:
-    given = keys.optional("alphas", values.list_of(values.alpha), None)
-    if given is not None and not any(takes_alpha(name) for name in chosen):
-        raise ValueError(
-            f"sweep: {path}: alphas must be left out where no method takes one, got {given} for "
-            f"{', '.join(chosen)}; leave it out, or add fst to methods"
-        )
-    return tuple(given or ["auto"])
+def read_config(path: str | Path) -> Config:
+    """Read and check a configuration; nothing that it names is opened.
+
+    Raises:
+        ValueError: as :func:`fst_fast.sweep.yaml_file.read`.
+    """
+    path = Path(path)
+    return yaml_file.read(path, Config, "sweep", folder=path.parent)
 
 
-def _suspects(keys: Keys, path: Path) -> tuple[Suspect, ...]:
-    """The entries of ``checkpoints``; what one leaves out is taken from the top of the file."""
-    shared: dict[str, Any] = {
-        "arch": keys.optional("arch", values.text, None),
-        "arch_options": keys.optional("arch_options", values.options, None) or {},
-        "num_classes": keys.optional("num_classes", values.whole(1), None),
-        "head": keys.optional("head", values.text, None),
-    }
-    entries = keys.required("checkpoints", _entries, "[suspect.pt]")
-    out = []
-    for i, entry in enumerate(entries):
-        own = {"path": entry} if isinstance(entry, str) else entry
-        inner = Keys(own, str(path), f"checkpoints[{i}]")
-        number = f"{i:0{len(str(len(entries) - 1))}}"
-        out.append(_suspect(inner, shared, path.parent, number))
-        inner.finish()
-        if out[-1].path.resolve() in [other.path.resolve() for other in out[:-1]]:
-            raise ValueError(
-                f"sweep: {path}: checkpoints[{i}] must be another file than those before, got "
-                f"{out[-1].written!r} again; leave one out"
-            )
-    return tuple(out)
-
-
-def _entries(value: Any) -> list[str | dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise values.Unfit("a list of at least one checkpoint", "write [suspect.pt]")
-    return value
-
-
-def _suspect(keys: Keys, shared: dict[str, Any], folder: Path, number: str) -> Suspect:
-    written = keys.required("path", values.text, "suspect.pt")
-    arch = keys.optional("arch", values.text, shared["arch"])
-    if arch is None:
-        raise keys.missing("arch", "resnet18")
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(written).stem)[:60]
-    return Suspect(
-        name=f"{number}-{stem}",
-        written=written,
-        path=folder / written,
-        arch=arch,
-        arch_options=keys.filled("arch_options", values.options, shared["arch_options"]),
-        num_classes=keys.optional("num_classes", values.whole(1), shared["num_classes"]),
-        head=keys.optional("head", values.text, shared["head"]),
-        trigger=_trigger(keys),
-        target=keys.filled("target", values.whole(0), 0),
-    )
-
-
-def _trigger(keys: Keys) -> Trigger | None:
-    name = keys.optional("trigger", values.one_of(*sorted(triggers.ZOO)), None)
-    options = keys.optional("trigger_options", values.options, None) or {}
-    if name is None:
-        if options:
-            raise keys.missing("trigger", "badnets")
-        return None
-    try:
-        return triggers.get(name, **options)
-    except ValueError as error:
-        raise keys.error(
-            "trigger_options", f"fit {name}", f"{options} ({error})", "correct them"
-        ) from None
+def normalization_of(written: str | Normalization) -> Normalization | None:
+    """What a configuration holds, for a DeviceLoader."""
+    return NORMALIZATIONS[written] if isinstance(written, str) else written

@@ -19,7 +19,7 @@ from ..checkpoints.atomic_files import (
     strict_json,
 )
 from ..measure.evaluate import Metrics
-from .config import Suspect
+from .config import Checkpoint
 from .plan import FORMAT, Cell, differences
 from .rows import Row
 
@@ -108,14 +108,14 @@ class SweepFolder:
         (self.of(cell) / "failed.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def before(self, suspect: Suspect) -> Iterator[Metrics | None]:
+    def before(self, suspect: Checkpoint) -> Iterator[Metrics | None]:
         """What the suspect measured, or None: then the caller is alone in measuring it."""
         folder = self.root / "before" / suspect.name
         with claimed(folder, wait=True):
             path = folder / "before.json"
             yield Metrics(**_read(path)) if path.exists() else None
 
-    def keep_before(self, suspect: Suspect, metrics: Metrics) -> None:
+    def keep_before(self, suspect: Checkpoint, metrics: Metrics) -> None:
         """Within :meth:`before`: write it down."""
         data = dump_json(strict_json(asdict(metrics), "before"))
         replace_file(self.root / "before" / suspect.name / "before.json", data)

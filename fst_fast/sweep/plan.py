@@ -18,7 +18,7 @@ from ..data.batches import resolve_precision
 from ..data.image_sets import ImageSet
 from ..methods import Method
 from ..triggers import Trigger
-from .config import Config, Suspect, takes_alpha
+from .config import Checkpoint, Config, takes_alpha
 
 FORMAT = "fst_fast sweep, version 1"
 # What of the configuration two runs of one sweep must agree in, beside the checkpoints; files go by
@@ -44,7 +44,7 @@ class Cell:
     """
 
     name: str
-    suspect: Suspect
+    suspect: Checkpoint
     method: str
     alpha: float | str | None
     chosen: Method
@@ -67,7 +67,7 @@ def cells_of(config: Config) -> tuple[Cell, ...]:
     """
     cells: list[Cell] = []
     seen: dict[object, Cell] = {}
-    for suspect in config.suspects:
+    for suspect in config.checkpoints:
         for (method, alpha), seed in itertools.product(_settings(config), config.seeds):
             chosen = methods.get(method, **({} if alpha is None else {"alpha": alpha}))
             parts = [suspect.name, method, *([] if alpha is None else [str(alpha)]), f"s{seed}"]
@@ -116,40 +116,40 @@ def check_suspects(config: Config, material: Material) -> None:
     Raises:
         ValueError: names all that is missing.
     """
-    absent = [suspect.written for suspect in config.suspects if not suspect.path.is_file()]
+    absent = [suspect.path for suspect in config.checkpoints if not suspect.file.is_file()]
     if absent:
         raise ValueError(
             f"sweep: checkpoints must be files, got {len(absent)} that are not there: "
             f"{', '.join(absent[:5])}; correct or remove them"
         )
     built: list[object] = []
-    for suspect in config.suspects:
+    for suspect in config.checkpoints:
         wanted = (suspect.arch, suspect.num_classes, suspect.arch_options)
         if wanted not in built:
             built.append(wanted)
             _check_arch(suspect)
-        if suspect.trigger is not None:
-            _check_trigger(suspect, suspect.trigger, material)
+        if suspect.attack is not None:
+            _check_trigger(suspect, suspect.attack, material)
 
 
-def _check_arch(suspect: Suspect) -> None:
+def _check_arch(suspect: Checkpoint) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             architectures.build(suspect.arch, suspect.num_classes, **suspect.arch_options)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"sweep: arch must be buildable, got {suspect.arch!r} for {suspect.written}: "
+            f"sweep: arch must be buildable, got {suspect.arch!r} for {suspect.path}: "
             f"{error}; correct arch, arch_options or num_classes"
         ) from None
 
 
-def _check_trigger(suspect: Suspect, trigger: Trigger, material: Material) -> None:
+def _check_trigger(suspect: Checkpoint, trigger: Trigger, material: Material) -> None:
     try:
         trigger.apply((material.test or material.tuning).images[:1])
     except ValueError as error:
         raise ValueError(
             f"sweep: trigger must fit the images, got {type(trigger).__name__} for "
-            f"{suspect.written}: {error}; correct trigger_options or size"
+            f"{suspect.path}: {error}; correct trigger_options or size"
         ) from None
 
 
@@ -170,8 +170,8 @@ def plan_of(config: Config, material: Material, device: torch.device) -> dict[st
             "format": FORMAT,
             "settings": {name: getattr(config, name) for name in SETTINGS},
             "checkpoints": {
-                f"{i} {suspect.written}": _facts_of_suspect(suspect)
-                for i, suspect in enumerate(config.suspects)
+                f"{i} {suspect.path}": _facts_of_suspect(suspect)
+                for i, suspect in enumerate(config.checkpoints)
             },
             "data": material.tuning.describe(),
             "test": None if material.test is None else material.test.describe(),
@@ -183,11 +183,11 @@ def plan_of(config: Config, material: Material, device: torch.device) -> dict[st
     )
 
 
-def _facts_of_suspect(suspect: Suspect) -> dict[str, Any]:
-    facts = {**vars(suspect), "sha256": sha256(suspect.path)}
-    del facts["name"], facts["written"], facts["path"]
-    trigger = suspect.trigger
-    return {**facts, "trigger": None if trigger is None else trigger.describe()}
+def _facts_of_suspect(suspect: Checkpoint) -> dict[str, Any]:
+    names = ("arch", "arch_options", "num_classes", "head", "target")
+    trigger = None if suspect.attack is None else suspect.attack.describe()
+    facts = {name: getattr(suspect, name) for name in names}
+    return {**facts, "trigger": trigger, "sha256": sha256(suspect.file)}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

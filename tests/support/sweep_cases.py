@@ -5,8 +5,8 @@ import io
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
+from ruamel.yaml import YAML
 
 from fst_fast.lab.models import resnet8
 
@@ -72,8 +72,16 @@ def write_sweep(folder, checkpoints=2, **changes):
     }
     config = {k: v for k, v in {**config, **changes}.items() if v is not None}
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    write_yaml(path, config)
     return path
+
+
+def write_yaml(path, content):
+    YAML(typ="safe", pure=True).dump(content, path)
+
+
+def read_yaml(path):
+    return YAML(typ="safe", pure=True).load(path)
 
 
 def table(out):

@@ -5,13 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from sweep_cases import write_sweep
+from sweep_cases import read_yaml, write_sweep, write_yaml
 
 from fst_fast.cli.main import main
-from fst_fast.sweep.config import read_config
+from fst_fast.sweep.config import normalization_of, read_config
 from fst_fast.sweep.plan import cells_of
-from fst_fast.sweep.values import normalization_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -33,7 +31,7 @@ def refused(path, *texts):
         ({"normalize": None}, ["normalize must be given"]),
         ({"sedes": [1]}, ["sedes must be one of the keys", "did you mean seeds?"]),
         ({"xyz": 1}, ["xyz must be one of the keys", "leave it out"]),
-        ({"checkpoints": []}, ["checkpoints must be a list of at least one checkpoint, got []"]),
+        ({"checkpoints": []}, ["checkpoints must be a list of at least one, got []"]),
         ({"seeds": []}, ["seeds must be a list of at least one, got []"]),
         ({"methods": []}, ["methods must be a list of at least one, got []"]),
         ({"methods": "fst"}, ["methods must be a list, got the text 'fst'; write [fst]"]),
@@ -52,7 +50,7 @@ def refused(path, *texts):
         ({"alphas": [-0.1]}, ["alphas must be a list, each a finite number >= 0 or auto"]),
         (
             {"methods": ["ft", "lp"]},
-            ["alphas must be left out where no method takes one, got [0.1]"],
+            ["alphas must be left out where no method takes one (ft, lp do not), got [0.1]"],
         ),
         (
             {"methods": ["fst", "fst_auto"], "alphas": ["auto"]},
@@ -61,11 +59,11 @@ def refused(path, *texts):
         ({"epochs": 0}, ["epochs must be a whole number >= 1, got 0"]),
         ({"epochs": 1.5}, ["epochs must be a whole number >= 1, got 1.5"]),
         (
-            {"lr": "1e-3"},
-            ["lr must be a finite number, got the text '1e-3'; write 0.001 or 1.0e-03"],
+            {"lr": "0.001"},
+            ["lr must be a finite number > 0, got the text '0.001'; write it without quotes"],
         ),
         ({"lr": 0}, ["lr must be a finite number > 0, got 0"]),
-        ({"lr": float("inf")}, ["lr must be a finite number, got inf"]),
+        ({"lr": float("inf")}, ["lr must be a finite number > 0, got inf"]),
         ({"momentum": 1}, ["momentum must be a number in [0, 1), got 1"]),
         ({"weights": "yes"}, ["weights must be true or false, got the text 'yes'"]),
         ({"results": "xlsx"}, ["results must be one of csv, parquet, got the text 'xlsx'"]),
@@ -75,7 +73,7 @@ def refused(path, *texts):
         ({"arch_options": [4]}, ["arch_options must be a mapping of names to values, got [4]"]),
         (
             {"checkpoints": ["a.pt", "./a.pt"]},
-            ["checkpoints[1] must be another file", "'./a.pt' again"],
+            ["checkpoints must be different files, got the text './a.pt' as number 2"],
         ),
         ({"checkpoints": [3]}, ["checkpoints[0] must be a mapping of keys to values, got 3"]),
         ({"checkpoints": [{"trigger": "badnets"}]}, ["checkpoints[0].path must be given"]),
@@ -85,7 +83,7 @@ def refused(path, *texts):
         ),
         (
             {"checkpoints": [{"path": "a.pt", "trigger": "badnets", "trigger_options": {"x": 1}}]},
-            ["checkpoints[0].trigger_options must fit badnets, got {'x': 1}"],
+            ["checkpoints[0].trigger_options must be such as fit badnets", "got {'x': 1}"],
         ),
         (
             {"checkpoints": [{"path": "a.pt", "trigger_options": {"size": 1}}]},
@@ -103,8 +101,8 @@ def test_wrong_values_are_told(tmp_path, changes, texts):
     given = changes.get("checkpoints")
     path = write_sweep(tmp_path, 1, **{k: v for k, v in changes.items() if k != "checkpoints"})
     if given is not None:
-        content = yaml.safe_load(path.read_text())
-        path.write_text(yaml.safe_dump({**content, "checkpoints": given}))
+        content = read_yaml(path)
+        write_yaml(path, {**content, "checkpoints": given})
     refused(path, *texts)
 
 
@@ -115,14 +113,41 @@ def test_wrong_values_are_told(tmp_path, changes, texts):
         ("- 1", "the file must be a mapping of keys to values, got [1]"),
         ("out: [", "must be YAML"),
         ("out: !!python/object/apply:os.system ['true']", "must be YAML"),
-        ("out: a\nlr: 0.1\nout: b", "out (line 3) must be given once, got it twice"),
-        ("checkpoints:\n- {path: a, path: b}", "path (line 2) must be given once"),
+        ("out: a\nlr: 0.1\nout: b", "line 3: out must be given once, got it twice"),
+        ("checkpoints:\n- {path: a, path: b}", "line 2: checkpoints[0].path must be given once"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     refused(path, expected)
+
+
+def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
+    path = write_sweep(tmp_path, 1)
+    text = "".join(line for line in path.open() if not line.startswith(("epochs", "threads")))
+    path.write_text(text + "lr: 1e-3\nmomentum: 0\nepochs: 0o17\naugment: none\n")
+    config = read_config(path)
+    assert (config.lr, config.momentum, config.epochs, config.augment) == (0.001, 0.0, 15, "none")
+
+
+def test_all_faults_are_told_at_once_each_with_its_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "out: a\ncheckpoints:\n- a.pt\n- {path: b.pt, taget: 1}\narch: resnet18\ndata: d\n"
+        "lr: 0\nseeds: [0, -1]\nalphas: [x]\nlr: 0.1\n"
+    )
+    with pytest.raises(ValueError, match="must have no faults, got 6") as caught:
+        read_config(path)
+    found = [line.split(" must ")[0] for line in str(caught.value).splitlines()[1:]]
+    assert found == [
+        "  line 4: checkpoints[1].taget",
+        "  line 8: seeds",
+        "  line 9: alphas",
+        "  line 10: lr",
+        "  line 10: lr",
+        "  normalize",
+    ]
 
 
 def test_a_configuration_that_is_not_there(tmp_path, capsys):
@@ -174,11 +199,11 @@ def test_out_is_a_file(tmp_path, capsys):
 
 def test_a_checkpoint_may_differ_from_the_others(tmp_path):
     path = write_sweep(tmp_path, 1)
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     other = {"path": "x y.pt", "arch": "resnet18", "arch_options": {}, "num_classes": 7}
     content["checkpoints"] = ["s0.pt", other]
-    path.write_text(yaml.safe_dump(content))
-    first, second = read_config(path).suspects
+    write_yaml(path, content)
+    first, second = read_config(path).checkpoints
     assert (first.arch_options, first.num_classes) == ({"width": 8}, 3)
     assert (second.arch, second.arch_options, second.num_classes) == ("resnet18", {}, 7)
     assert second.name == "1-x_y"
