@@ -16,7 +16,7 @@ from ladder_tables import (
 )
 
 from fst_fast.bench.records import commit_of
-from fst_fast.bench.table import error_ratio, size
+from fst_fast.bench.table import error_ratio, markdown, size
 from fst_fast.bench.table import time as microseconds
 from fst_fast.sweep import tables
 
@@ -32,11 +32,6 @@ def newest(pattern):
     return [json.loads(path.read_text()) for path in by_name.values()]
 
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def percent(rate):
     return f"{100 * rate:.1f}"
 
@@ -46,7 +41,7 @@ def efficacy():
     parts = []
     for record in newest("*/*-efficacy-*-images.json"):
         title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
-        parts.append(f"{title}\n\n{table(*tables.by_suspect(record))}")
+        parts.append(f"{title}\n\n{markdown(*tables.by_suspect(record))}")
     return "\n\n".join(parts) or "Not yet measured."
 
 
@@ -57,8 +52,8 @@ def evidence():
         "\n\n".join(
             [
                 f"{tables.about(record)}:",
-                table(*tables.by_suspect(record)),
-                table(*tables.by_method(record)),
+                markdown(*tables.by_suspect(record)),
+                markdown(*tables.by_method(record)),
             ]
         )
         for record in found
@@ -78,7 +73,7 @@ def attacks():
         for record in newest("*/*-attacks.json")
         for row in record["rows"]
     ]
-    return table(["attack", "poisoned", "clean accuracy", "attack success"], rows)
+    return markdown(["attack", "poisoned", "clean accuracy", "attack success"], rows)
 
 
 def heads():
@@ -88,7 +83,7 @@ def heads():
     for library in ("torchvision", "timm"):
         counts = [verdicts.get(f"{library} {verdict}", 0) for verdict in VERDICTS]
         rows.append([f"{library} {record['versions'][library].split('+')[0]}", *counts])
-    return table(["library", *VERDICTS], rows)
+    return markdown(["library", *VERDICTS], rows)
 
 
 def reliability():
@@ -97,7 +92,7 @@ def reliability():
     parts = [
         f"`{record['suite']}`, {record['date']}, {commit_of(record)}, "
         f"{record['seconds'] / 60:.0f} min on {record['machine']['cores']} cores:\n\n"
-        + table(RELIABILITY_HEADER, [reliability_row(row) for row in record["rows"]])
+        + markdown(RELIABILITY_HEADER, [reliability_row(row) for row in record["rows"]])
         for record in records
     ]
     return "\n\n".join(parts) or "Not yet measured."
@@ -164,7 +159,7 @@ def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
         for record in newest_cases(device, suite):
             rows = [row for case in record["cases"] if case["op"] == op for row in rows_of(case)]
             if rows:
-                found.append(f"{bench_title(record)}\n\n{table(header, rows)}")
+                found.append(f"{bench_title(record)}\n\n{markdown(header, rows)}")
                 found += filter(None, [note(record)])
         parts += found or [f"Not yet measured on a {place}."]
     return "\n\n".join(parts)

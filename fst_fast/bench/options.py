@@ -14,6 +14,7 @@ import torch
 
 from . import (
     cases,
+    columns,
     end2end,
     head,
     inject,
@@ -26,7 +27,6 @@ from . import (
     peers,
     records,
     suite,
-    table,
 )
 
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found if everything else found[0], allow_nan=False, indent=2))
     refused = [
-        f"{row['variant']} at {table.name(case)} {case['shape']} {case['dtype']}: {row['reason']}"
+        f"{row['variant']} at {columns.name(case)} {case['shape']} {case['dtype']}: {row['reason']}"
         for record in found
         for case in record["cases"]
         for row in case["refused"]
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
 def _run_one(name: str, settings: suite.Settings, options: argparse.Namespace) -> dict[str, Any]:
     record = SUITES[name](settings, say=_say)
     if not options.json:
-        table.show(record)
+        columns.show(record)
     if options.record is not None:
         _say(f"wrote {records.write(record, options.record)}")
     return record

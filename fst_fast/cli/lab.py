@@ -15,11 +15,11 @@ from .. import checkpoints
 from ..data import image_sets, normalization, sources
 from ..data.batches import PRECISIONS, resolve_device
 from ..lab import suspect_manifest
-from ..lab.attack_metrics import measure, rating, reactivated, woken
+from ..lab.attack_metrics import measure_attack, rating, reactivated, woken
 from ..lab.attacks import CLEAN, RECIPES
 from ..lab.spec import Order, training_precision
 from ..lab.suspect_manifest import Suspect
-from ..lab.suspect_store import Made, Workshop
+from ..lab.suspect_store import Made, SuspectStore
 from ..measure.evaluate import Metrics
 from ..triggers.poisoning import RELABEL
 from ..tuning.autotune import threads_of
@@ -91,17 +91,17 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     checkpoints.check_writable(options.out)
     device = resolve_device(options.device, nn.Identity())
-    source = sources.read(options.data, options.size)
-    source = source.shortened(options.train_images, None, options.seed)
-    order = _order(options, source, device)
-    workshop = Workshop(options.out.parent, source.train, device, lab_table.tell)
+    splits = sources.read(options.data, options.size)
+    splits = splits.shortened(options.train_images, None, options.seed)
+    order = _order(options, splits, device)
+    workshop = SuspectStore(options.out.parent, splits.train, device, lab_table.tell)
     workshop.check(order)
     with threads_of(options.threads):
         made = workshop.make(order)
         written = checkpoints.save(options.out, made.model, made.manifest)
-        if source.test is not None:
+        if splits.test is not None:
             found = Suspect.of(made.manifest)
-            print(measure(made.model, source.test, found, device, options.precision))
+            print(measure_attack(made.model, splits.test, found, device, options.precision))
     _tell_train(options.out, made, written["sha256"])
     return 0
 
@@ -111,19 +111,19 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("--clean-model must be given with --qra: lab train --attack none makes it")
     device = resolve_device(options.device, nn.Identity())
     suspect = suspect_manifest.read(options.suspect or options.checkpoint)
-    source = sources.read(options.data, options.size)
-    test = source.train if source.test is None else source.test
+    splits = sources.read(options.data, options.size)
+    test = splits.train if splits.test is None else splits.test
     with threads_of(options.threads):
         model = suspect.load(options.checkpoint)
-        found = measure(model, test, suspect, device, options.precision)
+        found = measure_attack(model, test, suspect, device, options.precision)
         told: dict[str, Any] = {"metrics": asdict(found)}
         if options.suspect is not None:
-            before = measure(
+            before = measure_attack(
                 suspect.load(options.suspect), test, suspect, device, options.precision
             )
             told |= {"before": asdict(before), "der": rating(before, found)}
         if options.ra or options.qra:
-            told |= _attacked(options, model, suspect, source, device)
+            told |= _attacked(options, model, suspect, splits, device)
     print(json.dumps(told, indent=2) if options.json else "\n".join(_lines(told)))
     return 0
 
@@ -132,19 +132,19 @@ def _attacked(
     options: argparse.Namespace,
     model: nn.Module,
     suspect: Suspect,
-    source: sources.Source,
+    splits: sources.Splits,
     device: torch.device,
 ) -> dict[str, Any]:
     """RA and, where it is asked for, QRA."""
-    test = source.train if source.test is None else source.test
+    test = splits.train if splits.test is None else splits.test
     if options.clean is not None:
         known = image_sets.read(options.clean, options.size)
-    elif source.test is not None:
-        known = source.shortened(options.clean_images, None).train
+    elif splits.test is not None:
+        known = splits.shortened(options.clean_images, None).train
     else:
         raise ValueError("--clean must be given with --ra and --qra where --data has no train part")
     retuned = woken(model, known, suspect, device, options.precision)
-    told = {"retuned": asdict(measure(retuned, test, suspect, device, options.precision))}
+    told = {"retuned": asdict(measure_attack(retuned, test, suspect, device, options.precision))}
     if options.qra:
         clean = suspect_manifest.read(options.clean_model).load(options.clean_model)
         place = (device, options.precision)
@@ -170,7 +170,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _order(options: argparse.Namespace, source: sources.Source, device: torch.device) -> Order:
+def _order(options: argparse.Namespace, splits: sources.Splits, device: torch.device) -> Order:
     return Order(
         options.attack,
         options.arch,
@@ -182,8 +182,8 @@ def _order(options: argparse.Namespace, source: sources.Source, device: torch.de
         lr=options.lr,
         batch_size=options.batch_size,
         precision=training_precision(options.precision, device),
-        flip=source.flip if options.flip is None else options.flip,
-        normalize=options.normalize or source.normalize,
+        flip=splits.flip if options.flip is None else options.flip,
+        normalize=options.normalize or splits.normalize,
         seed=options.seed,
         search=options.search,
     )

@@ -9,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from ..bench import table
 from ..bench.records import default_folder
 from ..data import sources
 from ..data.batches import PRECISIONS, resolve_device, resolve_precision
 from ..lab.attacks import CLEAN
 from ..lab.spec import Order, training_precision
-from ..lab.suspect_store import Workshop
+from ..lab.suspect_store import SuspectStore
 from ..sweep import tables
-from ..sweep.evidence import Evidence
-from ..sweep.folder import claimed
-from ..sweep.presets import METHODS, PRESETS, Choice, Preset
-from ..sweep.table import Plan, fill
+from ..sweep.grid import Choice, GridProgress
+from ..sweep.presets import METHODS, PRESETS, Preset
+from ..sweep.store import Record, claimed
+from ..sweep.table import EvidenceTable, TablePlan
 from ..tuning.autotune import threads_of
-from ..tuning.progress import table_console
 
 # Options that stand in place of a preset's fields.
 FIELDS = (
@@ -74,15 +72,15 @@ def run(options: argparse.Namespace) -> int:
     """Do what is left of the table, and show it; Ctrl-C is no error."""
     device = resolve_device(options.device, nn.Identity())
     preset = _preset(options)
-    source = sources.read(options.data, options.size)
-    if source.test is None:
+    splits = sources.read(options.data, options.size)
+    if splits.test is None:
         raise ValueError(f"--data must hold train and test images, got {options.data}")
-    source = source.shortened(preset.train_images, preset.test_images)
+    splits = splits.shortened(preset.train_images, preset.test_images)
     with threads_of(options.threads):
-        plan = _plan(options, preset, source, device)
-    workshop = Workshop(options.models, source.train, device, tell)
+        plan = _plan(options, preset, splits, device)
+    suspects = SuspectStore(options.models, splits.train, device, tell)
     for order in plan.orders:
-        workshop.check(order)
+        suspects.check(order)
     try:
         with claimed(options.models, wait=False) as mine:
             if not mine:
@@ -91,14 +89,16 @@ def run(options: argparse.Namespace) -> int:
                     f"{options.models}; wait for that one or name another"
                 )
             name = options.name or options.preset
-            evidence = Evidence.open(options.out, name, plan.facts(source), device)
-            plan = plan.computed(evidence)
-            with threads_of(plan.threads):
-                fill(plan, source, workshop, evidence, tell)
+            record = Record.open(options.out, name, plan.facts(splits), device)
+            grid = EvidenceTable(plan, splits, suspects, record)
+            with threads_of(grid.threads), GridProgress(grid, True) as progress:
+                grid.fill(progress)
     except KeyboardInterrupt:
         print("fst-fast lab table: stopped; the same command goes on", file=sys.stderr)
         return 1
-    _show(evidence)
+    table.show(*tables.by_suspect(record.content), lines=[tables.about(record.content)])
+    table.show(*tables.by_method(record.content))
+    print(f"wrote {record.path}")
     return 0
 
 
@@ -115,9 +115,9 @@ def _preset(options: argparse.Namespace) -> Preset:
 
 
 def _plan(
-    options: argparse.Namespace, preset: Preset, source: sources.Source, device: torch.device
-) -> Plan:
-    normalize = options.normalize or source.normalize
+    options: argparse.Namespace, preset: Preset, splits: sources.Splits, device: torch.device
+) -> TablePlan:
+    normalize = options.normalize or splits.normalize
     orders = [
         Order(
             attack,
@@ -126,13 +126,13 @@ def _plan(
             epochs=preset.train_epochs,
             batch_size=preset.batch_size,
             precision=training_precision(options.precision, device),
-            flip=source.flip,
+            flip=splits.flip,
             normalize=normalize,
             search=options.search,
         )
         for attack, rate in _attacked(preset)
     ]
-    return Plan(
+    return TablePlan(
         orders=tuple(orders),
         choices=tuple(Choice.of(text) for text in options.methods),
         seeds=preset.seeds,
@@ -155,15 +155,3 @@ def _attacked(preset: Preset) -> list[tuple[str, float | None]]:
 def tell(line: str) -> None:
     """Show what is being done."""
     print(f"lab: {line}", file=sys.stderr, flush=True)
-
-
-def _show(evidence: Evidence) -> None:
-    console = table_console(Console(), width=200)
-    console.print(tables.about(evidence.content), highlight=False, soft_wrap=True)
-    for make in (tables.by_suspect, tables.by_method):
-        header, rows = make(evidence.content)
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, highlight=False)
-    print(f"wrote {evidence.path}")

@@ -13,7 +13,7 @@ DIGITS = 1_400
 
 
 @dataclass(frozen=True)
-class Source:
+class Splits:
     """Images to train on and to measure on.
 
     Attributes:
@@ -34,11 +34,11 @@ class Source:
         statistics = self.train.statistics()
         return "/".join(",".join(f"{value:.4f}" for value in part) for part in statistics)
 
-    def shortened(self, train: int | None, test: int | None, seed: int = 0) -> Source:
+    def shortened(self, train: int | None, test: int | None, seed: int = 0) -> Splits:
         """With at most so many images of each, drawn at random; None keeps all."""
         if train is None and test is None:
             return self
-        return Source(
+        return Splits(
             self.name,
             _some(self.train, train, seed),
             None if self.test is None else _some(self.test, test, seed),
@@ -52,8 +52,8 @@ def _some(images: ImageSet, most: int | None, seed: int) -> ImageSet:
     return images.split(most, seed=seed)[0]
 
 
-def read(path: Path | None, size: int | None = None) -> Source:
-    """Read a source.
+def read(path: Path | None, size: int | None = None) -> Splits:
+    """Read both sets.
 
     Args:
         path: a folder with ``train.npz`` and ``test.npz``, or with folders ``train`` and ``test``
@@ -66,12 +66,12 @@ def read(path: Path | None, size: int | None = None) -> Source:
     """
     if path is None:
         train, test = image_sets.digits(size or 32).split(DIGITS, seed=0)
-        return Source("digits", train, test, flip=False)
+        return Splits("digits", train, test, flip=False)
     parts = [_part(path, name) for name in ("train", "test")]
     if parts[0] is None:
-        return Source(str(path), image_sets.read(path, size), None)
+        return Splits(str(path), image_sets.read(path, size), None)
     test_set = None if parts[1] is None else image_sets.read(parts[1], size)
-    return Source(str(path), image_sets.read(parts[0], size), test_set)
+    return Splits(str(path), image_sets.read(parts[0], size), test_set)
 
 
 def _part(path: Path, name: str) -> Path | None:

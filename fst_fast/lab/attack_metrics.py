@@ -18,7 +18,7 @@ BATCH = 500
 QUERIES = 500
 
 
-def measure(
+def measure_attack(
     model: nn.Module,
     test: ImageSet,
     suspect: Suspect,

@@ -37,7 +37,7 @@ class Made:
     manifest: dict[str, Any]
 
 
-class Workshop:
+class SuspectStore:
     """Makes models from one training set.
 
     Args:

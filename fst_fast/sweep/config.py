@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from .. import methods, triggers
+from ..checkpoints.atomic_files import sha256
 from ..data.normalization import NORMALIZATIONS
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization
@@ -135,6 +137,17 @@ class Checkpoint(_Keys):
             words = f"such as fit {self.trigger} ({error})"
             raise unfit(words, "", "trigger_options", str(self.trigger_options)) from None
         return self
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the file."""
+        return sha256(self.file)
+
+    def facts(self) -> dict[str, Any]:
+        """In which two runs of a sweep must agree."""
+        names = ("arch", "arch_options", "num_classes", "head", "target", "sha256")
+        trigger = None if self.attack is None else self.attack.describe()
+        return {**{name: getattr(self, name) for name in names}, "trigger": trigger}
 
     def placed(self, folder: Path, number: str) -> None:
         """Give it a name and a file."""

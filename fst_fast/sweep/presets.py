@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import methods
-from ..methods import Method
-
 # Of every table: nothing done, the baselines, FST with the paper's alpha for CIFAR-10, FST auto.
 METHODS = ("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst:auto")
-NOTHING = "none"
-# Beside them: the model that was trained without any attack, shown the suspect's trigger.
-UNHARMED = "never backdoored"
 # (attack, rate, architecture) on which alpha="auto" was worked out: docs/alpha.md.
 DEVELOPED = {("badnets", 0.01, "resnet18:16"), ("blended", 0.01, "resnet18:16")}
 
@@ -69,46 +63,3 @@ PRESETS = {
         test_images=2_000,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A method and its alpha, as a table names them.
-
-    Attributes:
-        name: of the method; "none" does nothing.
-        alpha: None where the method takes none.
-    """
-
-    name: str
-    alpha: float | None = None
-
-    @classmethod
-    def of(cls, text: str) -> Choice:
-        """From "ft", "fst:0.2" or "fst:auto".
-
-        Raises:
-            ValueError: no such method, or one that takes no alpha.
-        """
-        if text == NOTHING:
-            return cls(NOTHING)
-        name, colon, written = text.partition(":")
-        try:
-            if not colon or written == "auto":
-                # As purify: FST without a number is FST auto.
-                return cls(methods.get(name, alpha="auto").name)
-            alpha = float(written)
-            methods.get(name, alpha=alpha)
-        except ValueError as error:
-            raise ValueError(
-                f"lab: methods must be like {', '.join(METHODS)}, got {text!r}: {error}"
-            ) from None
-        return cls(name, alpha)
-
-    def method(self) -> Method:
-        return methods.get(self.name, **({} if self.alpha is None else {"alpha": self.alpha}))
-
-    def facts(self) -> dict[str, object]:
-        """As a row of the record has them."""
-        alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        return {"method": self.name, **alpha}

@@ -1,26 +1,38 @@
-"""Runs a sweep, alone or beside other processes, until every cell is done."""
+"""A sweep: the grid of a configuration, done alone or beside other processes."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.batches import resolve_device
+from .. import checkpoints
+from ..bench import table
+from ..checkpoints import architectures
+from ..checkpoints.atomic_files import strict_json
+from ..data import image_sets
+from ..data.batches import resolve_device, resolve_precision
+from ..data.device_loader import DeviceLoader
+from ..data.image_sets import ImageSet
+from ..measure.evaluate import Metrics, evaluate
 from ..tuning.autotune import threads_of
-from .cells import Worker
-from .config import Config, read_config
-from .folder import SweepFolder, claimed
-from .plan import Cell, cells_of, check_suspects, load_material, plan_of
-from .report import SweepProgress, show_table
-from .rows import Row, check_format, write_rows
+from . import columns
+from .columns import NOT_MEASURED
+from .config import Checkpoint, Config, normalization_of, read_config, takes_alpha
+from .grid import Cell, Choice, Done, Grid, GridProgress
+from .store import Folder, Row, claimed
 
-# Between two looks at cells that others are at work on.
-WAIT_SECONDS = 0.2
+FORMAT = "fst_fast sweep, version 1"
+# What of the configuration two runs of one sweep must agree in, beside the checkpoints; files go by
+# their content, and where or in what format results are written is free.
+SETTINGS = (
+    *("size", "normalize", "augment", "batch_size", "methods", "alphas", "seeds"),
+    *("epochs", "lr", "momentum", "precision", "threads", "weights"),
+)
 
 
 def run_sweep(path: str | Path, *, retry_failed: bool = False, quiet: bool = False) -> int:
@@ -44,27 +56,182 @@ def run_sweep(path: str | Path, *, retry_failed: bool = False, quiet: bool = Fal
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     config = read_config(path)
-    check_format(config.results)
+    columns.check_format(config.results)
     cells = cells_of(config)
     device = _device(config.device)
-    material = load_material(config)
-    check_suspects(config, material)
-    folder = SweepFolder(config.out)
-    plan = folder.open(plan_of(config, material, device))
+    tuning = _images("data", config.data, config.size)
+    test = None if config.test is None else _images("test", config.test, config.size)
+    _check(config, tuning if test is None else test)
+    sweep = Sweep(config, cells, tuning, test, device)
     if retry_failed:
         for cell in cells:
-            folder.forget_failure(cell)
+            sweep.store.forget_failure(cell)
     first = os.environ.get("RANK", "0") == "0"
     with (
-        threads_of(plan["computed"]["threads"]),
-        SweepProgress(len(cells), first and not quiet) as progress,
+        threads_of(sweep.plan["computed"]["threads"]),
+        GridProgress(sweep, first and not quiet) as progress,
     ):
-        worker = Worker(config, plan, material, folder, device)
-        _do_all(cells, worker, folder, progress)
-    rows = [folder.row(cell) for cell in cells]
+        sweep.fill(progress)
+    rows = [sweep.store.row(cell) for cell in cells]
     if first:
-        _conclude(config, folder, rows)
-    return 0 if all(row.whole for row in rows) else 1
+        _conclude(config, rows)
+    return 0 if not any(row["error"] or row["stopped"] for row in rows) else 1
+
+
+def cells_of(config: Config) -> tuple[Cell, ...]:
+    """All cells, in the order of the table: by checkpoint, method, alpha, seed.
+
+    Raises:
+        ValueError: two cells would do the same.
+    """
+    seen: dict[object, Choice] = {}
+    for method in config.methods:
+        for alpha in config.alphas if takes_alpha(method) else (None,):
+            choice = Choice(method, alpha)
+            twin = seen.setdefault(choice.method(), choice)
+            if twin is not choice:
+                raise ValueError(
+                    "sweep: methods and alphas must make different cells, got "
+                    f"{twin.name} with alpha {twin.alpha} and {method} with alpha {alpha}, which "
+                    "are the same; leave one out"
+                )
+    return tuple(
+        Cell(suspect.name, suspect, choice, seed)
+        for suspect in config.checkpoints
+        for choice in seen.values()
+        for seed in config.seeds
+    )
+
+
+class Sweep(Grid):
+    """The cells of a configuration on one device; the images are uploaded once."""
+
+    command, lenient = "sweep", True
+    store: Folder
+
+    def __init__(
+        self,
+        config: Config,
+        cells: Sequence[Cell],
+        tuning: ImageSet,
+        test: ImageSet | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.cells, self.device = config, cells, device
+        self.store = Folder(config.out)
+        self.plan = self.store.open(plan_of(config, tuning, test, device))
+        self._tuning = self._loader(tuning)
+        self._judged = self._loader(tuning if test is None else test, shuffle=False)
+        self._measured_on = "tuning images" if test is None else "test images"
+        names = ("epochs", "lr", "momentum")
+        self.settings = {
+            **{name: getattr(config, name) for name in names},
+            **{"device": device, **self.plan["computed"]},
+        }
+
+    def _loader(self, images: ImageSet, **more: Any) -> DeviceLoader:
+        return DeviceLoader(
+            images.images,
+            images.labels,
+            self.config.batch_size,
+            device=self.device,
+            normalize=normalization_of(self.config.normalize),
+            **more,
+        )
+
+    def model(self, cell: Cell) -> nn.Module:
+        suspect: Checkpoint = cell.suspect
+        return checkpoints.load(
+            suspect.file, suspect.arch, suspect.num_classes, **suspect.arch_options
+        )
+
+    def head(self, cell: Cell) -> tuple[str | None, str]:
+        suspect: Checkpoint = cell.suspect
+        return suspect.head, repr((suspect.arch, suspect.num_classes, suspect.arch_options))
+
+    def loader(self, cell: Cell) -> DeviceLoader:
+        augment, first = self.config.augment, self._tuning
+        return DeviceLoader(
+            first.images,
+            first.labels,
+            first.batch_size,
+            device=self.device,
+            normalize=first.normalize,
+            resident=first.resident,
+            seed=cell.seed or 0,
+            augment=None if augment == "none" else augment,
+        )
+
+    def measure(self, cell: Cell, model: nn.Module) -> Metrics:
+        return evaluate(
+            model,
+            self._judged,
+            cell.suspect.attack,
+            cell.suspect.target,
+            device=self.device,
+            precision=self.settings["precision"],
+        )
+
+    def keep(self, done: Done) -> None:
+        """The manifest, which ends the cell, and before it the weights."""
+        row = columns.row_of(done)
+        if done.result is None:
+            self.store.keep(done.cell, row, None)
+            return
+        suspect: Checkpoint = done.cell.suspect
+        accuracy, attack = (
+            {"before": row[f"{name}_before"], "after": row[f"{name}_after"]}
+            for name in ("clean_accuracy", "attack_success")
+        )
+        facts: Row = {
+            "row": row,
+            "parent": {"path": suspect.path, "sha256": suspect.sha256},
+            "arch": {"name": suspect.arch, **suspect.arch_options},
+            "data": self.plan["data"],
+            "normalize": self.config.normalize,
+            "clean_accuracy": {**accuracy, "measured_on": self._measured_on},
+            "attack_success": NOT_MEASURED,
+        }
+        if suspect.attack is not None:
+            facts["attack_success"] = {
+                **attack,
+                "trigger": suspect.attack.describe(),
+                "target": suspect.target,
+            }
+        if self.config.weights:
+            done.result.save(self.store.of(done.cell) / "purified.safetensors", **facts)
+        else:
+            manifest = {"versions": checkpoints.versions(), **done.result.manifest(**facts)}
+            self.store.keep(done.cell, row, manifest)
+
+
+def plan_of(
+    config: Config, tuning: ImageSet, test: ImageSet | None, device: torch.device
+) -> dict[str, Any]:
+    """The facts in which two runs of a sweep must agree, as JSON data, and how it is computed.
+
+    On the CPU, precision "auto" is "fp32": a trial by the clock could end otherwise in the next
+    run, and with it the last digits.
+    """
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else resolve_precision("auto", device)
+    threads = config.threads or torch.get_num_threads()
+    plan = {
+        "format": FORMAT,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "checkpoints": {
+            f"{i} {suspect.path}": suspect.facts() for i, suspect in enumerate(config.checkpoints)
+        },
+        "data": tuning.describe(),
+        "test": None if test is None else test.describe(),
+        "device": device.type,
+        "computed": {"precision": precision, "threads": threads if device.type == "cpu" else None},
+        "versions": checkpoints.versions(),
+    }
+    found: dict[str, Any] = strict_json(plan, "plan")
+    return found
 
 
 def _device(asked: str | None) -> torch.device:
@@ -79,38 +246,62 @@ def _device(asked: str | None) -> torch.device:
         raise ValueError(f"sweep: {error}") from None
 
 
-def _do_all(
-    cells: Sequence[Cell], worker: Worker, folder: SweepFolder, progress: SweepProgress
-) -> None:
-    """Take free cells until all are finished."""
-    finished = [cell for cell in cells if folder.finished(cell)]
-    if finished:
-        progress.note(f"sweep: goes on; {len(finished)} of {len(cells)} cells are done")
-    for cell in finished:
-        # Left by a process that ended between a cell's end and the tidying up.
-        folder.clear(cell)
-    while waiting := [cell for cell in cells if not folder.finished(cell)]:
-        progress.done(len(cells) - len(waiting))
-        took = [_take(cell, worker, folder, progress) for cell in waiting]
-        if not any(took):
-            time.sleep(WAIT_SECONDS)
-    progress.done(len(cells))
+def _images(key: str, path: Path, size: int | None) -> ImageSet:
+    try:
+        return image_sets.read(path, size)
+    except ValueError as error:
+        raise ValueError(
+            f"sweep: {key} must be a folder with one sub-folder of images per class, or an .npz, "
+            f"got {path}: {error}"
+        ) from None
 
 
-def _take(cell: Cell, worker: Worker, folder: SweepFolder, progress: SweepProgress) -> bool:
-    """Do the cell if nobody else does or has; returns whether."""
-    with claimed(folder.of(cell), wait=False) as mine:
-        if not mine or folder.finished(cell):
-            return False
-        progress.begin(cell)
-        progress.cell(worker.do(cell, progress.epoch))
-        return True
+def _check(config: Config, test: ImageSet) -> None:
+    """Refuse what would fail in every cell: absent files, unknown architectures, misfit triggers.
+
+    Raises:
+        ValueError: names all that is missing.
+    """
+    absent = [suspect.path for suspect in config.checkpoints if not suspect.file.is_file()]
+    if absent:
+        raise ValueError(
+            f"sweep: checkpoints must be files, got {len(absent)} that are not there: "
+            f"{', '.join(absent[:5])}; correct or remove them"
+        )
+    built: list[object] = []
+    for suspect in config.checkpoints:
+        wanted = (suspect.arch, suspect.num_classes, suspect.arch_options)
+        try:
+            if wanted not in built:
+                built.append(wanted)
+                with torch.random.fork_rng(devices=[]):
+                    architectures.build(suspect.arch, suspect.num_classes, **suspect.arch_options)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"sweep: arch must be buildable, got {suspect.arch!r} for {suspect.path}: "
+                f"{error}; correct arch, arch_options or num_classes"
+            ) from None
+        try:
+            if suspect.attack is not None:
+                suspect.attack.apply(test.images[:1])
+        except ValueError as error:
+            raise ValueError(
+                f"sweep: trigger must fit the images, got {type(suspect.attack).__name__} for "
+                f"{suspect.path}: {error}; correct trigger_options or size"
+            ) from None
 
 
-def _conclude(config: Config, folder: SweepFolder, rows: Sequence[Row]) -> None:
+def _conclude(config: Config, rows: Sequence[Row]) -> None:
+    """Write the results, and show them; what failed or stopped early is told below, whole."""
     with claimed(config.out, wait=True):
-        path = write_rows(config.out, rows, config.results)
-    show_table(rows)
-    failed = sum(row.error is not None for row in rows)
-    stopped = sum(row.stopped is not None for row in rows)
+        path = columns.write_rows(config.out, rows, config.results)
+    early = [row for row in rows if row["error"] or row["stopped"]]
+    notes = [
+        " ".join(str(row[key]) for key in ("checkpoint", "method", "alpha") if row[key] is not None)
+        + f" seed {row['seed']}: {row['error'] or row['stopped']}"
+        for row in early
+    ]
+    table.show(*columns.table_of(rows), notes=notes)
+    failed = sum(row["error"] is not None for row in rows)
+    stopped = sum(row["stopped"] is not None for row in rows)
     print(f"{len(rows)} cells, {failed} failed, {stopped} stopped early; wrote {path}")

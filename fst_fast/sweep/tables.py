@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..bench.records import commit_of
-from .presets import NOTHING
+from .grid import NOTHING
 
 # Below this the attack did not succeed, and a defence has nothing to show.
 SUCCEEDED = 0.8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fst_fast.bench import __main__ as bench
-from fst_fast.bench import inject, inject_cases, inject_peers, machine, table
+from fst_fast.bench import columns, inject, inject_cases, inject_peers, machine
 from fst_fast.ops import inject as op
 from fst_fast.ops.reference import inject as truth
 
@@ -88,7 +88,7 @@ def test_people_get_a_table(capsys):
     out = capsys.readouterr().out
     assert "inject badnets" in out
     assert "every bit" in out
-    assert table.name({"op": "head_step_"}) == "head_step_"
+    assert columns.name({"op": "head_step_"}) == "head_step_"
 
 
 # What is wrong

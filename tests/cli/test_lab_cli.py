@@ -15,7 +15,7 @@ from fst_fast.checkpoints.manifest import seal
 from fst_fast.cli.main import main
 from fst_fast.data.image_sets import npz
 from fst_fast.lab import suspect_manifest, suspect_store
-from fst_fast.lab.attack_metrics import measure, rating
+from fst_fast.lab.attack_metrics import measure_attack, rating
 from fst_fast.lab.suspect_manifest import Suspect
 from fst_fast.measure.evaluate import Metrics
 
@@ -103,7 +103,7 @@ def test_the_printed_command_purifies_and_lab_evaluate_measures(data, tmp_path, 
     assert told["retuned"]["images"] == 30
     assert set(told["reactivated"]) == {"success", "clean_success", "transfer"}
     assert judge(path, data) == 0
-    assert capsys.readouterr().out == f"{measure(known.load(path), test, known)}\n"
+    assert capsys.readouterr().out == f"{measure_attack(known.load(path), test, known)}\n"
 
 
 def test_what_a_surrogate_gave_is_kept(data, tmp_path, monkeypatch, capsys):
@@ -222,7 +222,7 @@ def test_success_of_all_to_all_is_the_class_after_ones_own():
     )
     test = fst_fast.data.image_sets.ImageSet(images, labels, ("a", "b", "c"))
     # The first three go to the next class, the fourth stays, of the others one goes to the next.
-    found = measure(Fixed(answers), test, known, precision="fp32")
+    found = measure_attack(Fixed(answers), test, known, precision="fp32")
     assert found == Metrics(1 / 6, 4 / 6, 1 / 6, 6, 6)
 
 

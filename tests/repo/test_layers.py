@@ -80,7 +80,7 @@ def test_the_rooms_are_loosely_joined():
 def test_what_the_sweep_takes_from_the_benches_is_what_a_record_is():
     for path in (rooms.PACKAGE / "sweep").rglob("*.py"):
         taken = rooms.imports(path.read_text(), rooms.package_of(path))
-        shared = {"fst_fast.bench.machine", "fst_fast.bench.records"}
+        shared = {f"fst_fast.bench.{name}" for name in ("machine", "records", "table")}
         assert {module for module in taken if rooms.room_of(module) == "bench"} <= shared
 
 

@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from sweep_cases import write_parts
 
 from fst_fast.cli.main import _parser, main
-from fst_fast.sweep import table, tables
-from fst_fast.sweep.evidence import Evidence
-from fst_fast.sweep.presets import PRESETS, Choice
+from fst_fast.sweep import grid, table, tables
+from fst_fast.sweep.grid import Cell, Choice
+from fst_fast.sweep.presets import PRESETS
+from fst_fast.sweep.store import Record
 
 METHODS = ["none", "fst:0.1", "fst:auto"]
 
@@ -133,7 +135,7 @@ def test_a_killed_table_goes_on_and_ends_the_same(data, whole, tmp_path):
 def test_ctrl_c_is_no_error_and_a_finished_table_is_left_alone(
     data, whole, tmp_path, monkeypatch, capsys
 ):
-    real, calls = table.purify, []
+    real, calls = grid.purify, []
 
     def interrupted(*given, **more):
         calls.append(more["seed"])
@@ -142,7 +144,7 @@ def test_ctrl_c_is_no_error_and_a_finished_table_is_left_alone(
         return real(*given, **more)
 
     few = arguments(data, tmp_path, "--methods", "ft", "--seeds", "1", "--qra")
-    monkeypatch.setattr(table, "purify", interrupted)
+    monkeypatch.setattr(grid, "purify", interrupted)
     assert main(few) == 1
     assert "lab table: stopped; the same command goes on" in capsys.readouterr().err
     done = {title: [row["method"] for row in rows] for title, rows in rows_of(tmp_path).items()}
@@ -156,22 +158,26 @@ def test_ctrl_c_is_no_error_and_a_finished_table_is_left_alone(
     assert main(few) == 0
     assert len(calls) == 3
     printed = capsys.readouterr()
-    assert "clean: done before" in printed.err
+    assert "lab table: goes on; 5 of 5 cells are done" in printed.err
     assert "`tiny`: resnet8:4, 60 training, 24 test and 24 clean images, 1 seed;" in printed.out
 
 
 def test_a_row_is_that_of_its_method_alpha_and_seed(tmp_path):
-    evidence = Evidence(tmp_path / "record.json", {"suspects": {}})
-    done = {"method": "fst", "alpha": 0.2, "seed": 1}
-    evidence.begin("a", {"attack": "badnets", "versions": {}})
-    evidence.add("a", {**done, "seconds": 3.0})
-    evidence.begin("a", {"attack": "another"})
-    assert evidence.row("a", done)["seconds"] == 3.0
-    for other in ({"method": "ft"}, {"alpha": 0.1}, {"seed": 0}):
-        assert evidence.row("a", {**done, **other}) is None
-    assert evidence.row("b", done) is None
-    written = json.loads(evidence.path.read_text())["suspects"]["a"]
-    assert written == {"attack": "badnets", "rows": [evidence.row("a", done)]}
+    record = Record(tmp_path / "record.json", {"suspects": {}})
+    done = Cell("a", None, Choice("fst", 0.2), 1)
+    record.begin("a", {"attack": "badnets", "versions": {}})
+    record.add(done, {**done.facts, "seconds": 3.0})
+    record.begin("a", {"attack": "another"})
+    assert record.finished(done)["seconds"] == 3.0
+    for other in (
+        {"choice": Choice("ft", 0.2)},
+        {"choice": Choice("fst", 0.1)},
+        {"seed": 0},
+        {"title": "b"},
+    ):
+        assert record.finished(replace(done, **other)) is None
+    written = json.loads(record.path.read_text())["suspects"]["a"]
+    assert written == {"attack": "badnets", "rows": [record.finished(done)]}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +196,7 @@ def test_a_row_is_that_of_its_method_alpha_and_seed(tmp_path):
 def test_what_cannot_be_done_is_told_before_any_training(
     data, whole, capsys, monkeypatch, more, message
 ):
-    monkeypatch.setattr(table, "purify", None)
+    monkeypatch.setattr(grid, "purify", None)
     before = rows_of(whole, timed=True)
     assert main(arguments(data, whole, *more)) == 1
     assert message in capsys.readouterr().err

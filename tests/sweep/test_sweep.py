@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,15 @@ from fst_fast.checkpoints.atomic_files import TEMPORARIES
 from fst_fast.cli.main import main
 from fst_fast.data import image_sets
 from fst_fast.lab.models import resnet8
-from fst_fast.sweep import cells, rows
-from fst_fast.sweep.folder import claimed
+from fst_fast.sweep import columns, grid, run
+from fst_fast.sweep.grid import Cell, Choice, Done
+from fst_fast.sweep.store import claimed
+
+
+def row(checkpoint, method, alpha, seed, **more):
+    """A row of the table, None where nothing else is said."""
+    suspect = SimpleNamespace(path=checkpoint, sha256="00")
+    return columns.row_of(Done(Cell("", suspect, Choice(method, alpha), seed))) | more
 
 
 def sweep(config, *more):
@@ -69,7 +77,7 @@ def test_rows_are_what_purify_and_evaluate_say(tmp_path, capsys):
     }.items():
         assert float(last[name]) == value, name
     assert got[0]["attack_success_before"] == got[0]["robust_accuracy"] == "not measured"
-    assert {*last} == {*rows.COLUMNS} - {"seconds"}
+    assert {*last} == {column.name for column in columns.COLUMNS} - {"seconds"}
     saved = checkpoints.read_state_dict(out / "cells" / "1-s1-fst-0.1-s5" / "purified.safetensors")
     for name, value in result.model.state_dict().items():
         assert torch.equal(saved[name], value), name
@@ -93,8 +101,8 @@ def test_finished_cells_are_not_done_again(tmp_path, monkeypatch):
     config = write_sweep(tmp_path / "a", 1)
     assert sweep(config) == 0
     first = (config.parent / "out" / "results.csv").read_bytes()
-    monkeypatch.setattr(cells, "purify", None)
-    monkeypatch.setattr(cells, "evaluate", None)
+    monkeypatch.setattr(grid, "purify", None)
+    monkeypatch.setattr(run, "evaluate", None)
     assert sweep(config) == 0
     assert (config.parent / "out" / "results.csv").read_bytes() == first
 
@@ -118,7 +126,7 @@ def test_before_is_measured_once_per_checkpoint(tmp_path, monkeypatch):
         measured.append(model)
         return fst_fast.evaluate(model, *more, **settings)
 
-    monkeypatch.setattr(cells, "evaluate", counting)
+    monkeypatch.setattr(run, "evaluate", counting)
     assert sweep(write_sweep(tmp_path / "a", 2, seeds=[0, 1])) == 0
     assert len(measured) == 2 + 8
 
@@ -130,7 +138,7 @@ def test_networks_of_one_name_are_searched_once_for_their_head(tmp_path, monkeyp
         heads.append(head)
         return fst_fast.purify(model, *more, head=head, **settings)
 
-    monkeypatch.setattr(cells, "purify", watched)
+    monkeypatch.setattr(grid, "purify", watched)
     assert sweep(write_sweep(tmp_path / "a", 2, seeds=[0, 1])) == 0
     assert heads[0] is None
     assert set(heads[1:]) == {"head"}
@@ -151,7 +159,7 @@ def test_ctrl_c_ends_the_sweep_and_the_cell_goes_on(tmp_path, monkeypatch, capsy
 
         return real(*given, callbacks=[*callbacks, stop], **settings)
 
-    monkeypatch.setattr(cells, "purify", interrupted)
+    monkeypatch.setattr(grid, "purify", interrupted)
     assert sweep(config) == 1
     assert "the same command goes on" in capsys.readouterr().err
     assert sweep(config) == 0
@@ -179,7 +187,7 @@ def test_failed_cells_again(tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "purify", broken)
+        patch.setattr(grid, "purify", broken)
         assert sweep(config) == 1
     assert {row["error"] for row in table(config.parent / "out")} == {"RuntimeError: out of memory"}
     assert sweep(config, "--retry-failed") == 0
@@ -202,7 +210,7 @@ def test_a_full_disk_is_no_cells_failure(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "purify", full)
+        patch.setattr(grid, "purify", full)
         refused(capsys, config, "No space left")
     assert sweep(config) == 0
 
@@ -251,17 +259,32 @@ def test_parquet_without_pyarrow_is_refused_before_any_work(tmp_path, capsys, mo
 def test_parquet_holds_the_rows(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     given = [
-        rows.Row("a.pt", "00", "fst", "auto", 0, 40, 0.5, 0.75, None, None, None, -0.5, 1.0),
-        rows.Row("a.pt", "00", "ft", None, 1, error="LoadError: no"),
+        row(
+            "a.pt", "fst", "auto", 0, epochs=40, clean_accuracy_before=0.5, cosine=-0.5, seconds=1.0
+        ),
+        row("a.pt", "ft", None, 1, error="LoadError: no"),
     ]
-    read = parquet.read_table(rows.write_rows(tmp_path, given, "parquet")).to_pylist()
-    assert [rows.Row(**row) for row in read] == given
+    read = parquet.read_table(columns.write_rows(tmp_path, given, "parquet")).to_pylist()
+    assert read == given
 
 
 def test_csv_keeps_every_digit(tmp_path):
-    row = rows.Row("a,b.pt", "00", "fst", 0.1, 0, 4, 0.1 + 0.2, 1 / 3, cosine=-2 / 3, seconds=1.0)
-    rows.write_rows(tmp_path, [row], "csv")
+    measured = {"clean_accuracy_before": 0.1 + 0.2, "clean_accuracy_after": 1 / 3, "cosine": -2 / 3}
+    columns.write_rows(tmp_path, [row("a,b.pt", "fst", 0.1, 0, seconds=1.0, **measured)], "csv")
     (read,) = table(tmp_path)
     assert read["checkpoint"] == "a,b.pt"
-    assert float(read["clean_accuracy_before"]) == 0.1 + 0.2
-    assert float(read["cosine"]) == -2 / 3
+    for name, value in measured.items():
+        assert float(read[name]) == value
+
+
+def test_a_column_is_one_entry(tmp_path, monkeypatch, capsys):
+    """In the file, in the manifest and on the terminal."""
+    more = columns.Column("norm", float, lambda done: done.result and done.result.head_shift.norm)
+    shown = columns.Column("tested", int, lambda done: done.after and done.after.images, "tested")
+    monkeypatch.setattr(columns, "COLUMNS", (*columns.COLUMNS, more, shown))
+    config = write_sweep(tmp_path / "a", 1, methods=["lp"], alphas=None)
+    assert sweep(config) == 0
+    (got,) = table(config.parent / "out")
+    assert float(got["norm"]) > 0
+    assert got["tested"] == "18"
+    assert "tested" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from sweep_cases import read_yaml, write_sweep, write_yaml
 
 from fst_fast.cli.main import main
 from fst_fast.sweep.config import normalization_of, read_config
-from fst_fast.sweep.plan import cells_of
+from fst_fast.sweep.run import cells_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -211,7 +211,8 @@ def test_a_checkpoint_may_differ_from_the_others(tmp_path):
 
 def test_alphas_go_to_the_methods_that_take_one(tmp_path):
     path = write_sweep(tmp_path, 1, methods=["ft", "fst"], alphas=["auto", 0.2, 0])
-    found = [(cell.method, cell.alpha, cell.chosen.name) for cell in cells_of(read_config(path))]
+    chosen = [cell.choice for cell in cells_of(read_config(path))]
+    found = [(choice.name, choice.alpha, choice.method().name) for choice in chosen]
     assert found == [
         ("ft", None, "ft"),
         ("fst", "auto", "fst_auto"),

@@ -1,0 +1,172 @@
+"""The columns of a sweep's table: what each holds, in its file and on the terminal.
+
+A new column is one more entry of :data:`COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.atomic_files import replace_file
+from .grid import Done, arrow
+from .store import Row
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: in files.
+        kind: of its values, beside None.
+        value: of a cell.
+        heading: on the terminal; None does not show it there.
+        text: of a row, on the terminal; None takes the value as it is.
+        may_lack: None means that it was not measured.
+    """
+
+    name: str
+    kind: type
+    value: Callable[[Done], Any]
+    heading: str | None = None
+    text: Callable[[Row], str] | None = None
+    may_lack: bool = False
+
+    def plain(self, row: Row) -> str:
+        return "" if row[self.name] is None else str(row[self.name])
+
+
+def _pair(name: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        return "" if row["error"] else arrow(row[f"{name}_before"], row[f"{name}_after"])
+
+    return text
+
+
+def _formatted(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: "" if row[name] is None else form.format(scale * row[name])
+
+
+def _ended(row: Row) -> str:
+    return "failed" if row["error"] else "stopped" if row["stopped"] else "whole"
+
+
+# Rates are in 0..1.
+COLUMNS = (
+    # The path as the configuration has it, and the digest of that file.
+    Column("checkpoint", str, lambda done: done.cell.suspect.path, "checkpoint"),
+    Column("sha256", str, lambda done: done.cell.suspect.sha256),
+    Column("method", str, lambda done: done.cell.choice.name, "method"),
+    # A number, "auto", or None for a method that takes none.
+    Column("alpha", object, lambda done: done.cell.choice.alpha, "alpha"),
+    Column("seed", int, lambda done: done.cell.seed, "seed"),
+    # Those done; of ``fst`` with alpha "auto" four times as many as asked for.
+    Column("epochs", int, lambda done: len(done.result.history) if done.result else 0, "epochs"),
+    # On the test images, else on the tuning images.
+    Column("clean_accuracy_before", float, lambda done: done.before and done.before.clean_accuracy),
+    Column(
+        *("clean_accuracy_after", float, lambda done: done.after and done.after.clean_accuracy),
+        *("clean accuracy", _pair("clean_accuracy")),
+    ),
+    # None where no trigger is given, or no image of another class came.
+    Column(
+        *("attack_success_before", float, lambda done: done.before and done.before.attack_success),
+        may_lack=True,
+    ),
+    Column(
+        *("attack_success_after", float, lambda done: done.after and done.after.attack_success),
+        *("attack success", _pair("attack_success"), True),
+    ),
+    # The share of triggered images still classified as their label, after.
+    Column(
+        *("robust_accuracy", float, lambda done: done.after and done.after.robust_accuracy),
+        *("robust accuracy", _formatted("robust_accuracy", "{:.2f} %", 100), True),
+    ),
+    # Between the head's final and original weight.
+    Column(
+        *("cosine", float, lambda done: done.result and done.result.head_shift.cosine),
+        *("cosine", _formatted("cosine", "{:+.3f}")),
+    ),
+    # Of tuning.
+    Column(
+        *("seconds", float, lambda done: done.seconds, "seconds", _formatted("seconds", "{:.1f}")),
+    ),
+    # Why the run ended early; why there is no purified model.
+    Column("stopped", str, lambda done: done.result and done.result.stopped),
+    Column("error", str, lambda done: done.error, "ended", _ended),
+)
+
+
+def row_of(done: Done) -> Row:
+    """One cell."""
+    return {column.name: column.value(done) for column in COLUMNS}
+
+
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for people."""
+    columns = [column for column in COLUMNS if column.heading is not None]
+    cells = [[(column.text or column.plain)(row) for column in columns] for row in rows]
+    return [str(column.heading) for column in columns], cells
+
+
+def check_format(results: str) -> None:
+    """Refuse, before any work, a format that cannot be written here.
+
+    Raises:
+        RuntimeError: "parquet" without pyarrow.
+    """
+    if results == "parquet":
+        _pyarrow()
+
+
+def write_rows(folder: Path, rows: Sequence[Row], results: str) -> Path:
+    """Write ``results.csv`` or ``results.parquet``, all or nothing; returns its path.
+
+    In CSV an attack that was not measured reads "not measured"; in Parquet it is null.
+    """
+    path = folder / f"results.{results}"
+    replace_file(path, _parquet(rows) if results == "parquet" else _csv(rows))
+    return path
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [column.name for column in COLUMNS], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        lacks = [c.name for c in COLUMNS if c.may_lack and row[c.name] is None and not row["error"]]
+        writer.writerow({**row, **dict.fromkeys(lacks, NOT_MEASURED)})
+    return out.getvalue().encode()
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    arrow, parquet = _pyarrow()
+    kinds = {str: arrow.string(), int: arrow.int64(), float: arrow.float64()}
+    # What is a number or a word is text.
+    types = [arrow.field(c.name, kinds.get(c.kind, arrow.string())) for c in COLUMNS]
+    mixed = [column.name for column in COLUMNS if column.kind is object]
+    content = [
+        {**row, **{name: None if row[name] is None else str(row[name]) for name in mixed}}
+        for row in rows
+    ]
+    sink = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(content, arrow.schema(types)), sink)
+    return sink.getvalue()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            "sweep: results must be csv where pyarrow is not installed, got parquet; "
+            "pip install pyarrow, or write `results: csv`"
+        ) from None
