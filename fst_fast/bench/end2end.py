@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fst_fast.data.device_loader import DeviceLoader
-from fst_fast.measure.evaluate import evaluate
+from fst_fast.lab.attack_metrics import measure_attack
 from fst_fast.methods.fst_auto import FSTAuto
 from fst_fast.tuning.purify import purify
 
@@ -29,7 +29,6 @@ BASE, OURS, AUTO = "plain", "purify", "purify (alpha auto)"
 CLEAN, ATTACK = "clean_accuracy", "attack_success"
 # A difference of so many standard errors, or of so much, is none.
 ERRORS, POINT = 3.0, 0.01
-TEST_BATCH = 500
 METHOD = {
     "job": "tune a backdoored model on clean images, then measure clean accuracy and attack "
     "success; plain: the official script's loop and evaluation; purify: purify and evaluate with "
@@ -85,53 +84,59 @@ class Run:
 
 
 def _plain(job: Job, device: torch.device, seed: int) -> Run:
-    plan, model = job.plan, copy.deepcopy(job.model)
+    spec, suspect, model = job.spec, job.suspect, copy.deepcopy(job.model)
+    assert suspect.trigger is not None
+    assert suspect.normalize is not None
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         # Of the order, crops and flips.
         torch.default_generator.manual_seed(seed)
-        pictures = plain.Pictures(job.clean, job.normalize, plan.moved)
+        pictures = plain.Pictures(job.clean, suspect.normalize, spec.augment)
         plain.tune(
             model,
             model.head,  # type: ignore[arg-type]
-            DataLoader(pictures, plan.batch, shuffle=True),
+            DataLoader(pictures, spec.order.batch_size, shuffle=True),
             device,
-            alpha=plan.alpha,
-            lr=plan.lr,
-            epochs=plan.epochs,
+            alpha=spec.alpha,
+            lr=jobs.LR,
+            epochs=spec.epochs,
             seed=seed,
             syncs=True,
         )
     machine.wait(device)
     tuned = time.perf_counter()
-    target, change = plan.attack.target, plain.pil_trigger(plan.attack.trigger)
-    clean = DataLoader(plain.Pictures(job.test, job.normalize), plan.batch)
-    attacked = DataLoader(plain.Pictures(job.test, job.normalize, change=change), plan.batch)
+    changes = (None, plain.pil_trigger(suspect.trigger))
+    clean, attacked = (
+        DataLoader(
+            plain.Pictures(job.test, suspect.normalize, change=change), spec.order.batch_size
+        )
+        for change in changes
+    )
     right, total = plain.counts(model, clean, device)
-    hit, others = plain.counts(model, attacked, device, target)
+    hit, others = plain.counts(model, attacked, device, suspect.target)
     ended = time.perf_counter()
     return Run(tuned - started, ended - tuned, right / total, hit / others, "fp32")
 
 
 def _purified(alpha: str | None = None) -> Callable[[Job, torch.device, int], Run]:
     def run(job: Job, device: torch.device, seed: int) -> Run:
-        plan = job.plan
+        spec = job.spec
         started = time.perf_counter()
         loader = DeviceLoader(
             job.clean.images,
             job.clean.labels,
-            plan.batch,
+            spec.order.batch_size,
             device=device,
             seed=seed,
-            augment=plan.moved,
-            normalize=job.normalize,
+            augment=spec.augment,
+            normalize=job.suspect.normalize,
         )
         result = purify(
             job.model,
             loader,
-            alpha=plan.alpha if alpha is None else alpha,
-            epochs=plan.epochs,
-            lr=plan.lr,
+            alpha=spec.alpha if alpha is None else alpha,
+            epochs=spec.epochs,
+            lr=jobs.LR,
             device=device,
             seed=seed,
             progress=False,
@@ -147,16 +152,7 @@ def _purified(alpha: str | None = None) -> Callable[[Job, torch.device, int], Ru
 
 
 def _measured(model: nn.Module, job: Job, device: torch.device) -> tuple[float, float]:
-    loader = DeviceLoader(
-        job.test.images,
-        job.test.labels,
-        TEST_BATCH,
-        shuffle=False,
-        device=device,
-        normalize=job.normalize,
-    )
-    attack = job.plan.attack
-    found = evaluate(model, loader, attack.trigger, attack.target, device=device)
+    found = measure_attack(model, job.test, job.suspect, device)
     assert found.attack_success is not None
     return found.clean_accuracy, found.attack_success
 
@@ -186,19 +182,19 @@ def measure(case: End2EndCase, rates: Mapping[str, float], settings: Settings) -
         test_images=case.test_images,
         quick=case.quick,
     )
-    plan = job.plan
+    spec = job.spec
     before = _measured(job.model, job, device)
     rows = _rows(job, _runs(job, case.seeds, settings), rates)
     return {
         "floor": flops.floor(_flops(job, BASE), rates, "fp32"),
         "op": case.op,
         "family": case.checkpoint,
-        "shape": [len(job.clean), plan.epochs, len(job.test)],
+        "shape": [len(job.clean), spec.epochs, len(job.test)],
         "dtype": "fp32",
-        "made": plan.made(),
-        "alpha": plan.alpha,
-        "lr": plan.lr,
-        "batch": plan.batch,
+        "made": job.made,
+        "alpha": spec.alpha,
+        "lr": jobs.LR,
+        "batch": spec.order.batch_size,
         "seeds": case.seeds,
         "before": {CLEAN: before[0], ATTACK: before[1]},
         "variants": [row for row in rows if row["reason"] is None],
@@ -277,12 +273,12 @@ def apart(runs: Sequence[Run], base: Sequence[Run]) -> str | None:
 
 
 def _flops(job: Job, name: str) -> int:
-    image, plan = flops.per_image(job.model, job.test.images.shape[1]), job.plan
+    image, spec = flops.per_image(job.model, job.test.images.shape[1]), job.spec
     measuring = 2 * image.forward * len(job.test)
     if name != AUTO:
-        return image.training * len(job.clean) * plan.epochs + measuring
+        return image.training * len(job.clean) * spec.epochs + measuring
     method = FSTAuto()
-    epochs = plan.epochs * method.epochs_factor
+    epochs = spec.epochs * method.epochs_factor
     forward = method.head_epochs_of(epochs)
     # One more pass measures the statistics of the averaged weights.
     tuning = image.training * (epochs - forward) + image.forward * (forward + 1)

@@ -1,145 +1,108 @@
-"""The suspects of the suite ``end2end``, and what each is tuned and tested with."""
+"""The suspects of the suite ``end2end``, made by the lab, and how each is tuned and tested."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fst_fast import checkpoints
-from fst_fast.checkpoints.atomic_files import strict_json
-from fst_fast.data import image_sets
+from fst_fast.data import sources
 from fst_fast.data.augment import Augment
-from fst_fast.data.image_sets import ImageSet
+from fst_fast.data.image_sets import ImageSet, digits
+from fst_fast.data.sources import Splits
 from fst_fast.lab.demo import DemoSettings
-from fst_fast.lab.models import resnet8, resnet18
-from fst_fast.lab.train import Attack, TrainSettings, train_suspect
-from fst_fast.triggers import BadNets
-from fst_fast.triggers.pixels import Normalization
+from fst_fast.lab.spec import Order
+from fst_fast.lab.suspect_manifest import Suspect
+from fst_fast.lab.suspect_store import SuspectStore
 
 DEMO = DemoSettings()
 SEED = 0
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 DATA_FILES = ("train.npz", "test.npz")
+LR = 0.01
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a suspect is made, and tuned by FST as published.
+class JobSpec:
+    """A suspect, and how it is tuned by FST as published.
 
     Attributes:
-        source: of the images, ``digits`` or ``cifar10``.
-        clean_images: that it is tuned on.
-        moved: augmentation while it is tuned.
+        order: of the suspect.
+        clean_images: that it is tuned on, in batches as of its training.
+        epochs, alpha, augment: of tuning.
         test_images: that are looked at on a CPU; None is all of them.
     """
 
-    source: str
-    architecture: str
-    build: Callable[[], nn.Module]
-    attack: Attack
-    training: TrainSettings
-    training_augment: Augment
+    order: Order
     clean_images: int
-    batch: int
     epochs: int
-    lr: float
     alpha: float
-    moved: Augment
+    augment: Augment
     test_images: int | None = None
-    training_images: int | None = None
 
-    def made(self) -> dict[str, Any]:
-        """What decides the suspect, as a record and a manifest say it."""
-        attack = {**asdict(self.attack), "trigger": self.attack.trigger.describe()}
-        return strict_json(
-            {
-                "architecture": self.architecture,
-                "attack": attack,
-                "training": asdict(self.training),
-                "augment": asdict(self.training_augment),
-                "training_images": self.training_images,
-                "seed": SEED,
-            },
-            "made",
-        )
+    @property
+    def needs_data(self) -> bool:
+        """Whether its images come from ``--data``; others are the digits."""
+        return self.order.normalize == "cifar10"
 
-    def quick(self) -> Plan:
+    def quick(self) -> JobSpec:
         """The same code in seconds: what it finds says nothing of the method."""
-        return replace(self, training=replace(self.training, epochs=2), epochs=2)
+        return replace(self, order=replace(self.order, epochs=2), epochs=2)
 
 
-def _cifar10(width: int) -> Plan:
-    return Plan(
-        source="cifar10",
-        architecture=f"resnet18 of width {width}",
-        build=lambda: resnet18(num_classes=10, width=width),
-        attack=Attack(BadNets(margin=2), 0.01),
-        training=TrainSettings(epochs=10, lr=0.1, precision="bf16"),
-        training_augment=Augment(pad=2),
-        clean_images=1000,
-        batch=128,
-        epochs=10,
-        lr=0.01,
-        alpha=0.2,
-        moved=Augment(),
-        test_images=2000,
+def _cifar10(width: int) -> JobSpec:
+    order = Order(
+        "badnets", f"resnet18:{width}", 0.01, epochs=10, precision="bf16", normalize="cifar10"
     )
+    return JobSpec(order, 1000, 10, 0.2, Augment(), test_images=2000)
 
 
-DIGITS = Plan(
-    source="digits",
-    architecture=f"resnet8 of width {DEMO.width}",
-    build=lambda: resnet8(num_classes=10, width=DEMO.width),
-    attack=Attack(DEMO.trigger, DEMO.poison_rate, DEMO.target),
-    training=DEMO.train,
-    training_augment=DEMO.augment,
-    clean_images=DEMO.clean_images,
-    batch=DEMO.batch_size,
-    epochs=DEMO.tuning_epochs,
-    lr=DEMO.lr,
-    alpha=DEMO.alpha,
-    moved=DEMO.augment,
-    training_images=DEMO.training_images,
+DIGITS = JobSpec(
+    Order(
+        "badnets",
+        f"resnet8:{DEMO.width}",
+        DEMO.poison_rate,
+        options={"margin": 0},
+        epochs=DEMO.train.epochs,
+        lr=DEMO.train.lr,
+        batch_size=DEMO.batch_size,
+        flip=False,
+    ),
+    DEMO.clean_images,
+    DEMO.tuning_epochs,
+    DEMO.alpha,
+    DEMO.augment,
 )
-PLANS = {
+_LARGE = replace(DIGITS.order, arch="resnet18", epochs=10, precision="bf16")
+JOBS = {
     "digits": DIGITS,
     # A third of the epochs, and three times the alpha: the head is pushed as far.
-    "digits-resnet18": replace(
-        DIGITS,
-        architecture="resnet18 of width 64",
-        build=lambda: resnet18(num_classes=10, width=64),
-        training=replace(DEMO.train, epochs=10, precision="bf16"),
-        epochs=10,
-        alpha=3 * DEMO.alpha,
-    ),
+    "digits-resnet18": replace(DIGITS, order=_LARGE, epochs=10, alpha=3 * DEMO.alpha),
     "cifar10-width16": _cifar10(16),
     "cifar10-resnet18": _cifar10(64),
 }
 # No data from elsewhere; the smallest first.
-NEEDS_NOTHING = [name for name, plan in PLANS.items() if plan.source == "digits"]
+NEEDS_NOTHING = [name for name, spec in JOBS.items() if not spec.needs_data]
 
 
 @dataclass(frozen=True)
 class Job:
     """A suspect, clean images to tune it on, and images to test it with."""
 
-    plan: Plan
+    spec: JobSpec
     model: nn.Module
+    suspect: Suspect
+    made: dict[str, Any]
     clean: ImageSet
     test: ImageSet
-    normalize: Normalization
 
 
 def check(name: str, data: Path | None) -> None:
     """Raise, before anything runs, where the job cannot be had here."""
-    if PLANS[name].source == "digits":
+    if not JOBS[name].needs_data:
         if importlib.util.find_spec("sklearn") is None:
             raise RuntimeError(
                 f'end2end: the checkpoint {name} needs scikit-learn; pip install "fst_fast[lab]"'
@@ -165,62 +128,27 @@ def make(
     """Train the suspect, or take it from ``folder``; those of the digits are made anew each time.
 
     Args:
-        test_images: None takes the plan's own number on a CPU, and all on a GPU.
+        test_images: None takes the job's own number on a CPU, and all on a GPU.
     """
-    plan = PLANS[name].quick() if quick else PLANS[name]
-    if plan.source == "digits":
-        everything = image_sets.digits()
-        parts = everything.split(DEMO.training_images, plan.clean_images, seed=SEED)
-        (training, clean, test), normalize = parts, everything.statistics()
-        model = _trained(plan, training, normalize, torch.device("cpu"))
+    spec = JOBS[name].quick() if quick else JOBS[name]
+    if spec.needs_data:
+        splits = sources.read(data)
+        clean = splits.train.split(spec.clean_images, seed=SEED)[0]
     else:
-        assert data is not None
-        training, test = (image_sets.npz(data / file) for file in DATA_FILES)
-        normalize = CIFAR10
-        clean = training.split(plan.clean_images, seed=SEED)[0]
-        kept = None if folder is None or quick else folder / f"{name}.safetensors"
-        model = _kept(plan, kept, lambda: _trained(plan, training, normalize, device))
-    wanted = test_images or (plan.test_images if device.type == "cpu" else None)
-    if wanted is not None and wanted < len(test):
-        test = test.split(wanted, seed=SEED)[0]
-    return Job(plan, model.to(device), clean, test, normalize)
-
-
-def _trained(
-    plan: Plan, data: ImageSet, normalize: Normalization, device: torch.device
-) -> nn.Module:
-    model, _ = train_suspect(
-        plan.build,
-        data,
-        plan.attack,
-        plan.training,
-        normalize=normalize,
-        augment=plan.training_augment,
-        batch_size=plan.batch,
-        seed=SEED,
-        device=device,
+        everything = digits()
+        training, clean, rest = everything.split(DEMO.training_images, spec.clean_images, seed=SEED)
+        splits = Splits(name, training, rest, flip=False)
+        spec = replace(spec, order=replace(spec.order, normalize=splits.normalize))
+    assert splits.test is not None
+    kept = spec.needs_data and folder is not None and not quick
+    store = SuspectStore(
+        folder if folder is not None and kept else Path(),
+        splits.train,
+        device if spec.needs_data else torch.device("cpu"),
+        lambda line: None,
     )
-    return model
-
-
-def _kept(plan: Plan, path: Path | None, train: Callable[[], nn.Module]) -> nn.Module:
-    """The checkpoint at ``path``, trained and saved there if there is none.
-
-    Raises:
-        ValueError: it was made in another way.
-    """
-    if path is None:
-        return train()
-    if path.exists():
-        manifest: Mapping[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        if manifest.get("made") != plan.made():
-            raise ValueError(
-                f"--checkpoints must hold suspects made as this version makes them, got {path} "
-                "made otherwise; remove it, or name another folder"
-            )
-        return checkpoints.load(path, plan.build())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.check_writable(path)
-    model = train()
-    checkpoints.save(path, model, {"made": plan.made()})
-    return model
+    made = store.get(spec.order) if kept else store.make(spec.order)
+    wanted = test_images or (spec.test_images if device.type == "cpu" else None)
+    test = splits.shortened(None, wanted, SEED).test or splits.test
+    suspect = Suspect.of(made.manifest)
+    return Job(spec, made.model.to(device), suspect, made.manifest, clean, test)

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("of end2end")
     job.add_argument(
         "--checkpoint",
-        type=_list_of(str, jobs.PLANS),
-        help=f"by comma: {', '.join(jobs.PLANS)}; those of digits need no data, and are the "
+        type=_list_of(str, jobs.JOBS),
+        help=f"by comma: {', '.join(jobs.JOBS)}; those of digits need no data, and are the "
         "default (--quick: digits alone)",
     )
     job.add_argument("--data", type=Path, help="CIFAR-10: a folder with train.npz and test.npz")

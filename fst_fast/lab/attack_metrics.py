@@ -48,7 +48,12 @@ def _measure(
     precision: str,
 ) -> Metrics:
     loader = DeviceLoader(
-        test.images, test.labels, BATCH, shuffle=False, normalize=suspect.normalize
+        test.images,
+        test.labels,
+        BATCH,
+        shuffle=False,
+        device=device,
+        normalize=suspect.normalize,
     )
     return evaluate(model, loader, suspect.trigger, target, device=device, precision=precision)
 

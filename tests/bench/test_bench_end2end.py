@@ -2,13 +2,18 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from sweep_cases import write_images
 
 from fst_fast.bench import __main__ as bench
 from fst_fast.bench import end2end, jobs, machine, options
 from fst_fast.data.image_sets import ImageSet
+from fst_fast.lab import suspect_manifest, suspect_store
+from fst_fast.lab.attacks import attack_of
+from fst_fast.triggers import BadNets
 
 CPU = torch.device("cpu")
 RATES = {"copy_gb_per_s": 10.0, "fp32_gflop_per_s": 100.0, "bf16_gflop_per_s": 200.0}
@@ -57,11 +62,15 @@ def small(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(24) % 10, tuple("0123456789"))
-    plan = jobs.PLANS["digits"].quick()
+    spec = jobs.JOBS["digits"].quick()
+    order = replace(spec.order, normalize="0.5,0.5,0.5/0.25,0.25,0.25")
+    attack = attack_of("badnets", BadNets(), order.rate, 24)
 
     def make(name, device, **_):
         torch.manual_seed(0)
-        return jobs.Job(plan, plan.build().eval(), data, data, ((0.5,) * 3, (0.25,) * 3))
+        fields = suspect_manifest.fields_of(order, data.describe(), attack, None)
+        suspect = suspect_manifest.Suspect.of(fields)
+        return jobs.Job(spec, order.network.build(10).eval(), suspect, fields, data, data)
 
     monkeypatch.setattr(jobs, "make", make)
 
@@ -81,7 +90,7 @@ def test_a_record_holds_time_and_result(capsys, small, monkeypatch):
     assert status == 0
     (case,) = record["cases"]
     assert case["family"] == "digits"
-    assert case["made"]["attack"]["trigger"]["name"] == "BadNets"
+    assert case["made"]["trigger"]["name"] == "BadNets"
     assert [row["variant"] for row in case["variants"]] == list(end2end.VARIANTS)
     flops = {
         row["variant"]: row["floor_us"] * RATES[f"{row['how']['precision']}_gflop_per_s"]
@@ -107,19 +116,36 @@ def test_a_speed_that_changes_the_result_is_refused(capsys, small, monkeypatch):
     assert "p50_us" not in refused
 
 
-def test_a_kept_suspect_is_taken_if_it_was_made_so(tmp_path):
-    plan = jobs.PLANS["digits"]
-    path = tmp_path / "kept" / "suspect.safetensors"
-    first = jobs._kept(plan, path, plan.build)
-    again = jobs._kept(plan, path, lambda: pytest.fail("trained again"))
-    assert torch.equal(first.head.weight, again.head.weight)
-    with pytest.raises(ValueError, match="made otherwise"):
-        jobs._kept(plan.quick(), path, plan.build)
+def test_a_kept_suspect_is_taken_if_it_was_made_so(tmp_path, monkeypatch):
+    for name, count in (("train", 60), ("test", 24)):
+        write_images(tmp_path / f"{name}.npz", count)
+    spec = jobs.JOBS["cifar10-width16"]
+    small = replace(spec.order, arch="resnet8:4", epochs=1, rate=0.1, precision="fp32")
+    monkeypatch.setitem(jobs.JOBS, "cifar10-width16", replace(spec, order=small, clean_images=8))
+    trained = []
+    real = suspect_store.train_suspect
+    monkeypatch.setattr(
+        suspect_store, "train_suspect", lambda *a, **k: trained.append(1) or real(*a, **k)
+    )
+
+    def made(**more):
+        return jobs.make("cifar10-width16", CPU, data=tmp_path, folder=tmp_path / "kept", **more)
+
+    first, again = made(), made(test_images=5)
+    assert torch.equal(first.model.head.weight, again.model.head.weight)
+    assert (len(trained), len(first.test), len(again.test)) == (1, 24, 5)
+    # Made otherwise, it is made anew, and the other one stays.
+    made(quick=True)
+    other = replace(small, epochs=2)
+    monkeypatch.setitem(jobs.JOBS, "cifar10-width16", replace(spec, order=other, clean_images=8))
+    made()
+    assert len(trained) == 3
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("name", jobs.PLANS)
+@pytest.mark.parametrize("name", jobs.JOBS)
 def test_only_cifar10_needs_a_folder(name):
-    if jobs.PLANS[name].source == "digits":
+    if not jobs.JOBS[name].needs_data:
         pytest.importorskip("sklearn")
         jobs.check(name, None)
     else:
