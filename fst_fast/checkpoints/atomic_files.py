@@ -1,15 +1,13 @@
-"""Hashes, strict JSON, and a pair of files replaced all or nothing; standard library only."""
+"""Hashes, strict JSON, and files replaced all or nothing; standard library only."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +71,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_temporary(directory: Path, data: bytes) -> Path:
+def write_temporary(directory: Path, data: bytes | bytearray) -> Path:
     """Write data under a new hidden name, flush it to the disk, return the name; all or nothing."""
     path = directory / TEMPORARIES.replace("*", secrets.token_hex(8))
     # Not tempfile: its mode 0600 would pass to the final file and hide it from the user's group.
@@ -90,7 +88,7 @@ def write_temporary(directory: Path, data: bytes) -> Path:
     return path
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | bytearray) -> None:
     """Write a file, or leave it as it was and raise; at no moment is it half written."""
     temporary = write_temporary(path.parent, data)
     try:
@@ -99,37 +97,6 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
-
-
-def replace_pair(payload: Path, payload_data: bytes, manifest: Path, manifest_data: bytes) -> None:
-    """Write both files of one directory, or leave both as they were and raise.
-
-    The old manifest leaves first and the new one comes last, so that at no moment, even if the
-    process is killed or the power fails, does a manifest stand beside a payload that it does not
-    describe, or the payload's name point to half a file.
-    """
-    directory = payload.parent
-    temporary: list[Path] = []
-    kept: dict[Path, Path] = {}
-    try:
-        temporary += [write_temporary(directory, payload_data)]
-        temporary += [write_temporary(directory, manifest_data)]
-        for path in (payload, manifest):
-            if path.exists():
-                kept[path] = _keep(path)
-        manifest.unlink(missing_ok=True)
-        sync_directory(directory)
-        os.replace(temporary[0], payload)
-        sync_directory(directory)
-        os.replace(temporary[1], manifest)
-        sync_directory(directory)
-    except BaseException:
-        replaced = bool(temporary) and not temporary[0].exists()
-        _put_back(payload, manifest, kept, replaced)
-        raise
-    finally:
-        for path in [*temporary, *kept.values()]:
-            path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
@@ -145,33 +112,3 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _keep(path: Path) -> Path:
-    """Give a file a second, hidden name, from which _put_back() can restore it."""
-    kept = path.parent / TEMPORARIES.replace("*", secrets.token_hex(8))
-    try:
-        os.link(path, kept)
-    # No hard links there (FAT, some network file systems).
-    except OSError:
-        try:
-            shutil.copy2(path, kept)
-        except BaseException:
-            kept.unlink(missing_ok=True)
-            raise
-    return kept
-
-
-def _put_back(payload: Path, manifest: Path, kept: dict[Path, Path], replaced: bool) -> None:
-    if replaced:
-        if payload in kept:
-            os.replace(kept[payload], payload)
-        else:
-            payload.unlink(missing_ok=True)
-    if manifest in kept:
-        manifest.unlink(missing_ok=True)
-        os.rename(kept[manifest], manifest)
-    elif replaced:
-        manifest.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        sync_directory(payload.parent)

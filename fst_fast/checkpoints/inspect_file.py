@@ -29,8 +29,9 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         dict, beside (what lies next to it: names to types), tensors (name, dtype, shape) and
         parameters (elements of floating-point tensors); globals (names to verdicts: "allowed",
         "ignored", "an object", "can run code") and unread (why the list may be incomplete);
-        manifest (its fields) and manifest_fault; refused (why load() would refuse the file, None
-        where nothing speaks against it; of a safetensors file the values were not looked at).
+        manifest (its fields), manifest_fault, and manifest_note (how whole JSON beside the file
+        differs from its header); refused (why load() would refuse the file, None where nothing
+        speaks against it; of a safetensors file the values were not looked at).
         None stands for what the kind does not have or could not be found out.
     Raises:
         LoadError: no such file, a directory, a pipe, an empty file.
@@ -42,11 +43,12 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     named = path.suffix.lower() == ".safetensors"
     pickled = start[:1] == b"\x80" or start == b"PK\x03\x04"
     kind = "safetensors" if named and not pickled else "zip" if start[:2] == b"PK" else "pickle"
-    facts: dict[str, Any] = dict.fromkeys(
-        ("keys", "beside", "tensors", "parameters", "globals", "unread", "refused")
-    )
+    names = ("keys", "beside", "tensors", "parameters", "globals", "unread", "refused")
+    more = ("manifest", "manifest_fault", "manifest_note")
+    facts: dict[str, Any] = dict.fromkeys((*names, *more))
     facts |= {"kind": kind, "size_bytes": path.stat().st_size, "sha256": sha256(path)}
-    facts |= _manifest(path) if named else {"manifest": None, "manifest_fault": None}
+    if named:
+        facts |= dict(zip(more, manifest.check(path), strict=True))
     try:
         facts |= _header(path) if kind == "safetensors" else _pickle(path)
     except LoadError as error:
@@ -59,12 +61,6 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         sizes = [math.prod(t["shape"]) for t in facts["tensors"] if t["dtype"] in _FLOATS]
         facts["parameters"] = sum(sizes)
     return facts
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    beside = path.with_suffix(".json")
-    found = manifest.fault(path, beside)
-    return {"manifest": None if found else manifest.read(beside), "manifest_fault": found}
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fst_fast.checkpoints import manifest as manifests
 from fst_fast.checkpoints.architectures import Arch, build
 from fst_fast.checkpoints.atomic_files import (
     dump_json,
-    replace_pair,
+    replace_file,
     sha256,
     strict_json,
     write_temporary,
@@ -66,11 +66,11 @@ def save(
     model_or_state_dict: nn.Module | Mapping[str, Tensor],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write ``path`` (.safetensors) and its manifest (the same name, .json), both or neither.
+    """Write ``path`` (.safetensors) with the manifest in its header, and as JSON beside it.
 
-    Both are written under temporary names in the same directory, flushed to the disk and renamed,
-    payload first. After an error the old pair is back and no temporary remains; a process killed
-    between the two renames leaves a whole payload that has no manifest, never a wrong one.
+    Each file is written under a temporary name in the same directory, flushed to the disk and
+    renamed, ``path`` first: at no moment is one of them half written, and a process that is killed
+    between the two leaves an older copy, which load() tells from the header.
     Tensors that share memory (tied weights) are each written in full, so any reader of safetensors
     gets every name; loading into a model that ties them ties them again.
 
@@ -93,8 +93,9 @@ def save(
     if reserved:
         raise ValueError(f"save: manifest must leave {reserved} to save(), got them; rename them")
     given = strict_json({"versions": versions(), **manifest}, "manifest")
-    fields = manifests.seal(given, path.name, payload)
-    replace_pair(path, payload, path.with_suffix(".json"), dump_json(fields))
+    whole, fields = manifests.seal(given, path.name, payload)
+    replace_file(path, whole)
+    replace_file(path.with_suffix(".json"), dump_json(fields))
     return fields
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         be mapped from the file: clone them before changing that file in place.
     Raises:
         LoadError: anything else: a missing, damaged or compressed file, one that disagrees with
-            the SHA-256 in the manifest that save() wrote beside it, Python objects or code, values
-            that are not dense tensors of floats, integers or bools, NaN or infinite weights,
+            the SHA-256 that save() wrote into its header or beside it, Python objects or code,
+            values that are not dense tensors of floats, integers or bools, NaN or infinite weights,
             tensors that overlap, a reading process that crashed or passed its limits.
     """
     path = Path(path)
@@ -84,17 +85,19 @@ def check_file(path: Path) -> None:
 
 
 def _check_manifest(path: Path) -> None:
-    """Compare the payload with the manifest beside it, if that is one of ours."""
-    beside = path.with_suffix(".json")
-    found = manifest.fault(path, beside)
-    if found:
+    """Compare the payload with its header and with the manifest beside it, if they are ours."""
+    beside = path.with_suffix(".json").name
+    found = manifest.check(path)
+    if found.fault:
         raise refusal(
             path,
-            f"the bytes that {beside.name} recorded",
-            found,
-            f"the file or {beside.name} is damaged: restore both from a copy; "
-            f"if you replaced the file on purpose, remove {beside.name}",
+            f"the bytes that it or {beside} recorded",
+            found.fault,
+            f"the file or {beside} is damaged: restore both from a copy; "
+            f"if you replaced the file on purpose, remove {beside}",
         )
+    if found.note:
+        warnings.warn(f"load: {path}: {found.note}; the file's own header holds", stacklevel=4)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

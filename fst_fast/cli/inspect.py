@@ -59,7 +59,8 @@ def _of_manifest(facts: dict[str, Any]) -> list[str]:
     if facts["manifest"] is None:
         return []
     told = {k: v for k, v in facts["manifest"].items() if isinstance(v, str | int | float)}
-    return [f"manifest: matches; {_listed(f'{name} {value}' for name, value in told.items())}"]
+    matches = facts["manifest_note"] or "matches"
+    return [f"manifest: {matches}; {_listed(f'{name} {value}' for name, value in told.items())}"]
 
 
 def _listed(items: Any) -> str:

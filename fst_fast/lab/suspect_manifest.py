@@ -114,21 +114,19 @@ class Suspect:
 
 
 def read(path: Path) -> Suspect:
-    """The manifest beside a checkpoint of ``fst-fast lab train``.
+    """The manifest of a checkpoint of ``fst-fast lab train``.
 
     It may come from anybody: it names an architecture of the lab's or a library's, never code.
 
     Raises:
         ValueError: there is none, or it is damaged or of another kind; says how.
     """
-    beside = path.with_suffix(".json")
-    try:
-        found = manifest.read(beside)
-    except ValueError as error:
-        raise ValueError(f"lab: {beside} must be as it was written, got {error}") from None
+    found, fault, _ = manifest.check(path)
+    if fault:
+        raise ValueError(f"lab: {path} and its manifest must be as they were written, got {fault}")
     if found is None or found.get("made_by") != MADE_BY:
         raise ValueError(
-            f"lab: {beside} must be the manifest of a model that {MADE_BY} made, got "
+            f"lab: {path} must have the manifest of a model that {MADE_BY} made, got "
             f"{'none' if found is None else 'another kind'}; for a purified one give --suspect"
         )
     try:
@@ -136,7 +134,8 @@ def read(path: Path) -> Suspect:
     # JSON data of another form than ours.
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"lab: {beside} must hold what {MADE_BY} writes, got {type(error).__name__}: {error}"
+            f"lab: the manifest of {path} must hold what {MADE_BY} writes, got "
+            f"{type(error).__name__}: {error}"
         ) from None
 
 

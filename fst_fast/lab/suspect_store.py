@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoints
+from ..checkpoints import manifest
 from ..checkpoints.atomic_files import dump_json, read_object, replace_file, strict_json
 from ..data.image_sets import ImageSet
 from ..triggers import Trigger
@@ -61,13 +62,13 @@ class SuspectStore:
     def get(self, order: Order) -> Made:
         """The model, from the folder where it is there."""
         path = self.folder / f"{order.name(self.facts)}.safetensors"
-        beside = path.with_suffix(".json")
-        # The manifest is written last.
-        if path.exists() and beside.exists():
+        if path.exists():
             network = order.network
             classes = len(self.data.classes)
             model = checkpoints.load(path, network.arch, classes, **network.options)
-            return Made(model, _kept(beside))
+            facts = manifest.check(path).facts
+            if facts is not None:
+                return Made(model, facts)
         made = self.make(order)
         self.folder.mkdir(parents=True, exist_ok=True)
         return Made(made.model, checkpoints.save(path, made.model, made.manifest))

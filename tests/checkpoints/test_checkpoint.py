@@ -208,7 +208,15 @@ def test_manifest(tmp_path):
     assert returned["payload"] == "m.safetensors"
     assert returned["size_bytes"] == path.stat().st_size
     assert returned["sha256"] == checkpoints.sha256(path)
-    assert returned["format_version"] == 2
+    assert returned["format_version"] == 3
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    # The JSON is a copy of the header, and says more of the file.
+    facts = json.loads(metadata["fst_fast"])
+    assert facts == {key: returned[key] for key in facts}
+    described = {"payload", "size_bytes", "sha256", "manifest_sha256"}
+    assert returned.keys() - facts.keys() == described
     assert returned["versions"] == checkpoints.versions()
     assert returned["versions"]["torch"] == torch.__version__
     assert math.isnan(history[0]["loss"])

@@ -1,26 +1,29 @@
-"""files: a pair is replaced or left, whatever fails; a changed byte is found on loading."""
+"""files: each is replaced or left, whatever fails; a changed byte is found on loading."""
 
+import hashlib
 import json
 import math
 import os
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
 from checkpoint_cases import Net, names, refused
 
+from fst_fast.checkpoints import manifest
+from fst_fast.checkpoints.atomic_files import dump_json
 from fst_fast.checkpoints.load import LoadError, load, read_state_dict, save
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over old", "new"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize(
     ("call", "nth"),
-    [(c, n) for c, last in (("fsync", 6), ("replace", 2), ("open", 6)) for n in range(1, last + 1)]
+    [(c, n) for c, last in (("fsync", 4), ("replace", 2), ("open", 4)) for n in range(1, last + 1)]
     + [("replace", 0)],
 )
-def test_a_failed_save_leaves_the_old_pair(tmp_path, monkeypatch, old, error, links, call, nth):
+def test_a_failed_save_leaves_whole_files(tmp_path, monkeypatch, old, error, call, nth):
     """The nth call (0: every one) of os.fsync, os.replace or os.open fails."""
     path = tmp_path / "m.safetensors"
     if old:
@@ -34,19 +37,28 @@ def test_a_failed_save_leaves_the_old_pair(tmp_path, monkeypatch, old, error, li
             raise error
         return real(*args, **kwargs)
 
-    def no_link(*args, **kwargs):
-        raise OSError(95, "Operation not supported")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        if not links:
-            patch.setattr(os, "link", no_link)
         with pytest.raises((OSError, KeyboardInterrupt)):
             save(path, Net(), {"seed": 2})
     assert count[0] >= max(nth, 1), "the fault was never reached"
-    assert before == {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
-    if old:
-        load(path, Net, 3)
+    after = {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+    # The payload goes first: without it, nothing has changed.
+    if after.get(path.name) == before.get(path.name):
+        assert after == before
+        return
+    assert set(after) <= {"m.safetensors", "m.json"}
+    load_quietly(path)
+    found = manifest.check(path)
+    assert (found.facts["seed"], found.fault) == (2, None)
+    # The copy is of the new payload, or as it was: that is said.
+    assert (found.note is None) == (after.get("m.json") != before.get("m.json") or not old)
+
+
+def load_quietly(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(path, Net, 3)
 
 
 def test_a_failed_serialisation_leaves_the_old_pair(tmp_path, monkeypatch):
@@ -64,24 +76,52 @@ def test_a_failed_serialisation_leaves_the_old_pair(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_call_the_payload_still_loads(tmp_path, monkeypatch):
-    """After a kill nothing is put back: every state on the way must load."""
+    """After a kill nothing is put back: every state on the way must load, with its own facts."""
     path = tmp_path / "m.safetensors"
     save(path, Net(), {"seed": 1})
     states = []
 
     def look(real):
         def wrapped(*args, **kwargs):
-            states.append((load(path, Net, 3), path.with_suffix(".json").exists()))
+            load_quietly(path)
+            states.append(manifest.check(path))
             return real(*args, **kwargs)
 
         return wrapped
 
     with monkeypatch.context() as patch:
-        for call in ("replace", "link", "fsync"):
+        for call in ("replace", "fsync"):
             patch.setattr(os, call, look(getattr(os, call)))
         save(path, Net(), {"seed": 2})
-    assert len(states) >= 8
-    assert {with_manifest for _, with_manifest in states} == {True, False}
+    assert len(states) >= 6
+    assert [found.fault for found in states] == [None] * len(states)
+    # The old one; the new one beside a copy of the old one's; the new one.
+    said = [(found.facts["seed"], found.note is None) for found in [*states, manifest.check(path)]]
+    assert list(dict.fromkeys(said)) == [(1, True), (2, False), (2, True)]
+
+
+def test_a_copy_that_differs_is_said(tmp_path):
+    path, other = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
+    save(path, Net(), {"seed": 1})
+    save(other, Net(), {"seed": 2, "more": [1]})
+    os.replace(other.with_suffix(".json"), path.with_suffix(".json"))
+    with pytest.warns(UserWarning, match=r"m\.json is another model's \(seed\); the file's own"):
+        load(path, Net, 3)
+    assert manifest.check(path).facts["seed"] == 1
+    # Without the copy nothing is lacking.
+    path.with_suffix(".json").unlink()
+    assert manifest.check(path) == (manifest.header_facts(path), None, None)
+
+
+def test_a_fact_too_long_for_a_header_is_in_the_copy(tmp_path):
+    path = tmp_path / "m.safetensors"
+    history = ["x" * 1000] * 1000
+    save(path, Net(), {"seed": 1, "history": history})
+    load(path, Net, 3)
+    assert path.stat().st_size < 100_000
+    assert manifest.check(path).facts["history"] == history
+    path.with_suffix(".json").unlink()
+    assert set(manifest.check(path).facts) == {"seed", "versions", "format", "format_version"}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
@@ -92,7 +132,7 @@ def test_every_flipped_byte_is_found(tmp_path, suffix):
     whole = flipped.read_bytes()
     for at in range(len(whole)):
         flipped.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(LoadError, match=r"bytes that m\.json recorded"):
+        with pytest.raises(LoadError, match=r"bytes that it or m\.json recorded"):
             read_state_dict(path)
     flipped.write_bytes(whole)
     read_state_dict(path)
@@ -106,7 +146,7 @@ def test_a_damaged_manifest_is_found(tmp_path):
     beside.write_bytes(whole[:-9])
     refused(path, "not readable", "remove m.json")
     fields = json.loads(whole)
-    for changed in ({"seed": 3}, {"rate": math.nan}, {"format_version": 3}, {"format": "other"}):
+    for changed in ({"seed": 3}, {"rate": math.nan}, {"format_version": 4}, {"format": "other"}):
         beside.write_text(json.dumps(fields | changed))
         refused(path, "a manifest that", "remove m.json")
     beside.write_text(json.dumps(fields))
@@ -115,11 +155,20 @@ def test_a_damaged_manifest_is_found(tmp_path):
     load(path, Net, 3)
 
 
-def test_a_manifest_of_the_first_version_has_no_digest_of_its_own(tmp_path):
+def test_manifests_of_older_versions_are_in_the_json_alone(tmp_path):
     path = tmp_path / "m.safetensors"
-    fields = save(path, Net(), {})
-    del fields["manifest_sha256"]
-    beside = path.with_suffix(".json")
+    safetensors.torch.save_file(Net().state_dict(), path)
+    data, beside = path.read_bytes(), path.with_suffix(".json")
+    facts = {"format": manifest.FORMAT, "format_version": 2, "payload": path.name, "seed": 1}
+    fields = facts | {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    sealed = fields | {"manifest_sha256": hashlib.sha256(dump_json(fields)).hexdigest()}
+    beside.write_bytes(dump_json(sealed))
+    load(path, Net, 3)
+    assert manifest.check(path) == (sealed, None, None)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refused(path, "m.json", "SHA-256")
+    path.write_bytes(data)
+    # Version 1 had no digest of its own.
     beside.write_text(json.dumps(fields | {"format_version": 1}))
     load(path, Net, 3)
     beside.write_text(json.dumps(fields | {"format_version": 1, "sha256": "0"}))

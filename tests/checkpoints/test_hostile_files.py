@@ -66,7 +66,7 @@ def test_a_reader_s_memory_is_seen(tmp_path):
 
 
 def test_a_flip_that_is_not_found_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(read.manifest, "fault", lambda payload, beside: None)
+    monkeypatch.setattr(read.manifest, "check", lambda path: read.manifest.Checked(None))
     payload, beside = files.flip_rows(tmp_path, (1,))
     assert 0 < payload["found"] < payload["count"]
     assert beside["found"] == beside["count"]

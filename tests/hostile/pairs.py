@@ -1,12 +1,13 @@
 """Saving a model and its manifest, struck at every call: whole, or as it was before."""
 
-import json
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
 from fst_fast import checkpoints
+from fst_fast.checkpoints import manifest
 
 from . import injector
 
@@ -35,16 +36,17 @@ def weights(value):
 
 
 def fault_of_pair(path, old, ended):
-    """What is wrong; after an error, unlike a kill, what stands there is a pair."""
-    manifest = path.with_suffix(".json")
+    """What is wrong; the facts are those of the payload, whatever copy of others lies beside it."""
     if not path.exists():
         return "the old model is lost" if old else None
     try:
-        value = checkpoints.read_state_dict(path)["w"][0].item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = checkpoints.read_state_dict(path)["w"][0].item()
     except checkpoints.LoadError as error:
         return f"unreadable: {error}"
-    if manifest.exists() and json.loads(manifest.read_text())["seed"] != value:
-        return "a manifest beside another's model"
+    if manifest.check(path).facts["seed"] != value:
+        return "another model's facts"
     if value not in ((1, 2) if old else (2,)) or ("saved" in ended.told and value != 2):
         return f"foreign weights {value}"
-    return None if ended.killed or manifest.exists() else "no manifest"
+    return None

@@ -125,7 +125,7 @@ def manifests(folder):
 
     def parse(data):
         beside.write_bytes(data)
-        found = manifest.fault(payload, beside)
+        found = manifest.check(payload).fault
         # Damaged so that it is nobody's any more, or found out.
         matches = found is None and manifest.read(beside) is not None
         assert matches == (data == seed)
