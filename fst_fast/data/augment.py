@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..triggers.plain_numbers import whole_number
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -21,13 +23,15 @@ class Augment:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise ValueError(f"Augment: pad must be >= 0, got {self.pad}")
+        pad = whole_number(self.pad)
+        if pad is None or pad < 0:
+            raise ValueError(f"Augment: pad must be an integer >= 0, got {self.pad!r}")
+        object.__setattr__(self, "pad", pad)
 
 
 def resolve(augment: Augment | str | None) -> Augment | None:
     """A loader's ``augment=``; raises ValueError for what is none of its values."""
-    if augment == "cifar":
+    if isinstance(augment, str) and augment == "cifar":
         return Augment()
     if augment is None or isinstance(augment, Augment):
         return augment

@@ -188,6 +188,15 @@ def resolve_device(device: torch.device | str | None, model: nn.Module) -> torch
         own = next((p.device for p in model.parameters()), torch.device("cpu"))
         use_gpu = own.type == "cpu" and torch.cuda.is_available()
         return torch.device("cuda") if use_gpu else own
+    return existing_device(device)
+
+
+def existing_device(device: torch.device | str) -> torch.device:
+    """The device of this name, where this machine has it.
+
+    Raises:
+        ValueError: an unknown device, or one that is not there.
+    """
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)

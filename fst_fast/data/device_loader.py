@@ -12,12 +12,17 @@ from torch.utils.data import DataLoader
 
 from ..ops import inject
 from ..ops.inject import TriggerTables, no_triggers
+from ..ops.inject_check import OUT_DTYPES
 from ..triggers import Trigger
 from ..triggers.lower import looked_up, lower
-from ..triggers.pixels import Normalization, normalize_table
+from ..triggers.pixels import Normalization, named_normalization
 from ..triggers.poisoning import plan
 from . import streaming as uploads
+from .arguments import seed as checked_seed
+from .arguments import whole
 from .augment import Augment, draw, resolve
+from .batches import existing_device
+from .device_loader_check import as_tensor, byte_table, check_set
 from .prefetch import HostLoader
 
 
@@ -29,15 +34,16 @@ class DeviceLoader:
 
     Args:
         images: [M, H, W, C] uint8.
-        labels: [M] integers, 0 or more.
+        labels: [M] integers in 0..2^31-1.
         batch_size: images in a batch.
         shuffle: draw a new order for each epoch.
         drop_last: leave out an incomplete last batch.
         device: where the bytes are held and the batches appear; None keeps the images' device.
         seed: of all draws.
         augment: None, "cifar" (zero-pad 4, random crop, flip) or an :class:`Augment`.
-        normalize: (mean, std), each one value per channel in units of 0..1; None leaves 0..1.
-            A tensor [C, 256] gives the input value of each byte itself.
+        normalize: (mean, std), each one value per channel in units of 0..1, or the name of a
+            known one: "cifar10", "imagenet"; None leaves 0..1. A tensor [C, 256] gives the input
+            value of each byte itself.
         trigger: put on images before they are augmented; one, or several of which each poisoned
             image gets one.
         poisoned: which images: "all" (None means that too), a rate in 0..1, or a bool mask [M].
@@ -67,7 +73,7 @@ class DeviceLoader:
         device: torch.device | str | None = None,
         seed: int = 0,
         augment: Augment | str | None = None,
-        normalize: Normalization | Tensor | None = None,
+        normalize: Normalization | str | Tensor | None = None,
         trigger: Trigger | Sequence[Trigger] | None = None,
         poisoned: str | float | Tensor | None = None,
         target: int = 0,
@@ -78,25 +84,33 @@ class DeviceLoader:
         resident: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-        _check_set(images, labels, batch_size)
-        if trigger is None and (poisoned is not None or cover > 0):
+        images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
+        check_set(images, labels)
+        batch_size = whole("DeviceLoader", "batch_size", batch_size, 1)
+        seed = checked_seed("DeviceLoader", seed)
+        if dtype not in OUT_DTYPES:
+            raise ValueError(
+                f"DeviceLoader: dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {dtype}"
+            )
+        if trigger is None and (poisoned is not None or cover):
             raise ValueError(
                 "DeviceLoader: trigger must be given to poison images, got None with poisoned="
                 f"{poisoned} and cover={cover}"
             )
-        self.device = torch.device(device) if device is not None else images.device
+        self.device = images.device if device is None else existing_device(device)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
         self.augment = resolve(augment)
-        self.normalize = None if isinstance(normalize, Tensor) else normalize
+        named = None if isinstance(normalize, Tensor) else named_normalization(normalize)
+        self.normalize = named
         self.channels_last = channels_last
         self.backend = backend
         self._epoch = 0
         # Raises here, rather than at the first batch, where normalize does not fit.
-        self._lut = _lut(images.shape[-1], normalize, dtype).to(self.device)
+        table = normalize if isinstance(normalize, Tensor) else named
+        self._lut = byte_table(images.shape[-1], table, dtype).to(self.device)
         self.resident = uploads.fits(images, self.device) if resident is None else resident
         home = self.device if self.resident else torch.device("cpu")
         self.images = images.to(home).contiguous()
@@ -135,7 +149,7 @@ class DeviceLoader:
         """
         from .torch_pipeline.lift import lift
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = existing_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         lifted = lift(loader, skip_corrupt=skip_corrupt)
         if isinstance(lifted, str):
             if options:
@@ -269,33 +283,3 @@ class DeviceLoader:
         if not self.resident:
             return uploads.uploaded(self.images, self._stored, table, self.batch_size, self.device)
         return ((self.images, rows) for rows in table.to(self.device).split(self.batch_size))
-
-
-def _check_set(images: Tensor, labels: Tensor, batch_size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            "DeviceLoader: images must be uint8 [M, H, W, C] with C in 1, 3, 4, got "
-            f"{images.dtype} {list(images.shape)}; for floats in 0..1 use "
-            "(images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)"
-        )
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"DeviceLoader: labels must be integers [{len(images)}], one per image, got "
-            f"{labels.dtype} {list(labels.shape)}"
-        )
-    least = int(labels.long().min()) if len(labels) else 0
-    if least < 0:
-        raise ValueError(f"DeviceLoader: labels must be 0 or more, got {least}; drop those images")
-    if batch_size < 1:
-        raise ValueError(f"DeviceLoader: batch_size must be >= 1, got {batch_size}")
-
-
-def _lut(channels: int, normalize: Normalization | Tensor | None, dtype: torch.dtype) -> Tensor:
-    if not isinstance(normalize, Tensor):
-        return normalize_table(channels, normalize, dtype)
-    if normalize.shape != (channels, 256) or not normalize.is_floating_point():
-        raise ValueError(
-            f"DeviceLoader: normalize must be floats [{channels}, 256] where it is a table, got "
-            f"{normalize.dtype} {list(normalize.shape)}"
-        )
-    return normalize.to(dtype).contiguous()

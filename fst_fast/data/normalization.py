@@ -7,13 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..triggers.pixels import Normalization
+from ..triggers.pixels import NORMALIZATIONS, Normalization
 
-NORMALIZATIONS: dict[str, Normalization | None] = {
-    "none": None,
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+__all__ = ["NORMALIZATIONS", "alpha", "graphs", "normalization", "options"]
 
 
 def alpha(text: str) -> float | str:

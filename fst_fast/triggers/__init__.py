@@ -42,7 +42,7 @@ def get(name: str, **settings: object) -> Trigger:
     Raises:
         ValueError: unknown name or setting.
     """
-    if name not in ZOO:
+    if not isinstance(name, str) or name not in ZOO:
         raise ValueError(f"triggers: name must be one of {sorted(ZOO)}, got {name!r}")
     try:
         return ZOO[name](**settings)

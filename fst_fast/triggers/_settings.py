@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from .base import Trigger
+from .plain_numbers import plain_number, whole_number
+
+# What torch.Generator.manual_seed() takes.
+_LEAST_SEED, _MOST_SEED = -(2**63), 2**64 - 1
 
 
 def check_number(
     trigger: Trigger, argument: str, least: float, most: float, *, whole: bool = False
 ) -> None:
-    """Raise ValueError unless the setting is a number in least..most."""
+    """Raise ValueError unless the setting is a number in least..most; a Python one from then on."""
     value = getattr(trigger, argument)
-    kinds = int if whole else (int, float)
-    if isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most:
+    plain = whole_number(value) if whole else plain_number(value)
+    if plain is not None and least <= plain <= most:
+        # The trigger is frozen for its users, and its description must be JSON.
+        object.__setattr__(trigger, argument, plain)
         return
     kind = "a whole number" if whole else "a number"
     bounds = f"in {least}..{most}" if math.isfinite(most) else f">= {least}"
@@ -25,6 +31,21 @@ def check_number(
         f"{type(trigger).__name__}: {argument} must be {kind} {bounds}, got {value!r}; the default "
         f"is {default}"
     )
+
+
+def check_seed(trigger: Trigger) -> None:
+    """Raise ValueError unless the setting ``seed`` is one that a generator takes."""
+    check_number(trigger, "seed", _LEAST_SEED, _MOST_SEED, whole=True)
+
+
+def plain_tuple(trigger: Trigger, argument: str) -> object:
+    """The setting; where it is a tuple, its numbers are Python's from then on."""
+    value = getattr(trigger, argument)
+    if not isinstance(value, tuple):
+        return value
+    made = tuple(part if (n := plain_number(part)) is None else n for part in value)
+    object.__setattr__(trigger, argument, made)
+    return made
 
 
 def check_pattern(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._settings import check_number, check_pattern, fitted, half_up
+from ._settings import check_number, check_pattern, check_seed, fitted, half_up, plain_tuple
 from .affine import _noise
 from .base import Elementwise, Trigger
 
@@ -34,6 +34,7 @@ class BlendedInPart(Elementwise):
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, 1)
         check_number(self, "dropped", 0, _TILES, whole=True)
+        check_seed(self)
         if self.pattern is not None:
             check_pattern(self, "pattern", (torch.uint8,))
 
@@ -73,6 +74,7 @@ class AdaptiveBlend(Elementwise):
         check_number(self, "alpha", 0, 1)
         check_number(self, "training_alpha", 0, 1)
         check_number(self, "dropped", 0, _TILES, whole=True)
+        check_seed(self)
         if self.pattern is not None:
             check_pattern(self, "pattern", (torch.uint8,))
 
@@ -135,8 +137,9 @@ class Patches(Elementwise):
 
     def __post_init__(self) -> None:
         _check_given(self, self.patterns, self.masks)
-        _check_opacities(self, "opacities", self.opacities)
-        _check_chosen(self, "chosen", self.chosen, self.patterns)
+        check_seed(self)
+        _check_opacities(self, "opacities", plain_tuple(self, "opacities"))
+        _check_chosen(self, "chosen", plain_tuple(self, "chosen"), self.patterns)
         if len(self.chosen) != len(self.opacities):
             raise ValueError(
                 f"Patches: opacities must have one entry per chosen patch ({len(self.chosen)}), "
@@ -187,8 +190,9 @@ class AdaptivePatch(Elementwise):
 
     def __post_init__(self) -> None:
         _check_given(self, self.patterns, self.masks)
-        _check_opacities(self, "alphas", self.alphas)
-        _check_chosen(self, "test", self.test, self.patterns)
+        check_seed(self)
+        _check_opacities(self, "alphas", plain_tuple(self, "alphas"))
+        _check_chosen(self, "test", plain_tuple(self, "test"), self.patterns)
         _check_chosen(self, "alphas", tuple(range(len(self.alphas))), self.patterns)
 
     def training(self) -> tuple[Trigger, ...]:
@@ -222,17 +226,19 @@ def _check_given(trigger: Trigger, patterns: Tensor | None, masks: Tensor | None
         )
 
 
-def _check_opacities(trigger: Trigger, argument: str, given: tuple[float, ...]) -> None:
-    if not isinstance(given, tuple) or not given or not all(0 <= alpha <= 1 for alpha in given):
+def _check_opacities(trigger: Trigger, argument: str, given: object) -> None:
+    if (
+        not isinstance(given, tuple)
+        or not given
+        or not all(isinstance(alpha, int | float) and 0 <= alpha <= 1 for alpha in given)
+    ):
         raise ValueError(
             f"{type(trigger).__name__}: {argument} must be a tuple of opacities in 0..1, one per "
             f"patch, got {given!r}; the paper's are (0.5, 0.2, 0.5, 0.3)"
         )
 
 
-def _check_chosen(
-    trigger: Trigger, argument: str, chosen: tuple[int, ...], patterns: Tensor | None
-) -> None:
+def _check_chosen(trigger: Trigger, argument: str, chosen: object, patterns: Tensor | None) -> None:
     count = len(_PLACES) if patterns is None else len(patterns)
     if (
         not isinstance(chosen, tuple)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._settings import check_number, check_pattern, fitted, shifted
+from ._settings import check_number, check_pattern, check_seed, fitted, shifted
 from .base import Elementwise
 
 
@@ -92,6 +92,7 @@ class LowFrequency(Elementwise):
 
     def __post_init__(self) -> None:
         check_number(self, "amplitude", 1, 255, whole=True)
+        check_seed(self)
         if self.pattern is not None:
             check_pattern(self, "pattern", (torch.int16, torch.uint8))
 
@@ -146,6 +147,7 @@ class TrojanNN(Elementwise):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self)
         if self.mode not in ("wrap", "clamp"):
             raise ValueError(
                 f'TrojanNN: mode must be "wrap" or "clamp", got {self.mode!r}; the default is wrap'

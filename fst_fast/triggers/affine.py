@@ -1,12 +1,15 @@
 """Triggers of the form y = Q(A * x + B): a per-pixel scale and offset, then rounding to bytes."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._settings import check_number, check_pattern, check_seed, plain_tuple
 from .base import Elementwise
+from .plain_numbers import whole_number
 
 _CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
 
@@ -30,13 +33,14 @@ class BadNets(Elementwise):
     margin: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.margin < 0:
-            raise ValueError(
-                f"BadNets: size must be >= 1 and margin >= 0, got {self.size} and {self.margin}"
-            )
+        check_number(self, "size", 1, math.inf, whole=True)
+        check_number(self, "margin", 0, math.inf, whole=True)
         if self.corner not in _CORNERS:
             raise ValueError(f"BadNets: corner must be one of {_CORNERS}, got {self.corner!r}")
-        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        values = plain_tuple(self, "value")
+        if not isinstance(values, tuple):
+            values = (whole_number(values),)
+            object.__setattr__(self, "value", self.value if values[0] is None else values[0])
         if not all(isinstance(value, int) and 0 <= value <= 255 for value in values):
             raise ValueError(
                 "BadNets: value must be an integer in 0..255, or a tuple with one per channel, got "
@@ -91,16 +95,10 @@ class Blended(Elementwise):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"Blended: alpha must lie in 0..1, got {self.alpha}")
-        if self.pattern is None:
-            return
-        dtype = getattr(self.pattern, "dtype", None)
-        if not isinstance(self.pattern, Tensor) or dtype != torch.uint8:
-            raise ValueError(
-                "Blended: pattern must be a uint8 tensor [H, W, C], got "
-                f"{type(self.pattern).__name__} {dtype or ''}; for an array, torch.from_numpy(...)"
-            )
+        check_number(self, "alpha", 0, 1)
+        check_seed(self)
+        if self.pattern is not None:
+            check_pattern(self, "pattern", (torch.uint8,))
 
     def pattern_for(self, shape: torch.Size, device: torch.device) -> Tensor:
         """The pattern [H, W, C] uint8 for images of this [H, W, C] shape."""

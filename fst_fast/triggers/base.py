@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.reference import inject as truth
+from .pixels import byte_remedy
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +158,10 @@ def check_images(images: Tensor, name: str) -> None:
             else type(images).__name__
         )
         raise ValueError(
-            f"{name}: images must be a uint8 tensor [N, H, W, C], got {got}; for floats in 0..1 "
-            "use (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)"
+            f"{name}: images must be a uint8 tensor [N, H, W, C], got {got}; {byte_remedy(images)}"
         )
     if images.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{name}: images must be [N, H, W, C] with C in 1, 3, 4, got {list(images.shape)}; "
-            "for [N, C, H, W] use images.permute(0, 2, 3, 1)"
+            f"{byte_remedy(images)}"
         )

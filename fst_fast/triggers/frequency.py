@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._settings import check_number, shifted
+from ._settings import check_number, plain_tuple, shifted
 from .base import Chroma, Elementwise, Trigger
+from .plain_numbers import whole_number
 
 Positions = tuple[tuple[int, int], ...]
 _TWO: Positions = ((15, 15), (31, 31))
@@ -67,7 +68,9 @@ def _change(
 def _check(trigger: CTRL | FTrojan) -> None:
     check_number(trigger, "magnitude", 0, 1e6)
     check_number(trigger, "window", 1, 1024, whole=True)
-    name, positions, channels = type(trigger).__name__, trigger.positions, trigger.channels
+    name, channels = type(trigger).__name__, plain_tuple(trigger, "channels")
+    positions = _plain_positions(trigger.positions)
+    object.__setattr__(trigger, "positions", positions)
     pairs = isinstance(positions, tuple) and all(
         isinstance(pair, tuple)
         and len(pair) == 2
@@ -79,11 +82,23 @@ def _check(trigger: CTRL | FTrojan) -> None:
             f"{name}: positions must be a tuple of (row, column) within the window, 0.."
             f"{trigger.window - 1}, got {positions!r}; the default is {_TWO}, for a window of 32"
         )
-    if not isinstance(channels, tuple) or not channels or not {0, 1, 2}.issuperset(channels):
+    if not isinstance(channels, tuple) or not channels or any(c not in (0, 1, 2) for c in channels):
         raise ValueError(
             f"{name}: channels must be a tuple of some of 0, 1, 2, got {channels!r}; the default, "
             "the two of chroma, is (1, 2)"
         )
+
+
+def _plain_positions(positions: object) -> object:
+    """The pairs with Python's own numbers; what is no tuple of pairs is left to the check."""
+    if not isinstance(positions, tuple):
+        return positions
+    return tuple(
+        tuple(n if (n := whole_number(order)) is not None else order for order in pair)
+        if isinstance(pair, tuple)
+        else pair
+        for pair in positions
+    )
 
 
 def _shift(trigger: CTRL | FTrojan, images: Tensor, *, yuv: bool) -> Tensor:

@@ -3,22 +3,99 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .plain_numbers import plain_number
+
 Normalization = tuple[Sequence[float], Sequence[float]]
+
+NORMALIZATIONS: dict[str, Normalization | None] = {
+    "none": None,
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def named_normalization(normalize: Normalization | str | None) -> Normalization | None:
+    """The (mean, std) that ``normalize`` is or names; every value finite, and std above 0.
+
+    Raises:
+        ValueError: an unknown name, or no pair of finite numbers.
+    """
+    if normalize is None:
+        return None
+    if isinstance(normalize, str) and normalize in NORMALIZATIONS:
+        return NORMALIZATIONS[normalize]
+    parts = list(normalize) if isinstance(normalize, Iterable) else []
+    rows = [_numbers(part) for part in parts]
+    if isinstance(normalize, str) or len(rows) != 2 or any(row is None for row in rows):
+        raise ValueError(
+            f"normalize: must be (mean, std), each with one value per channel, or one of "
+            f"{', '.join(NORMALIZATIONS)}, got {_shown(normalize)}"
+        )
+    mean, std = (row or () for row in rows)
+    if not all(math.isfinite(v) for v in (*mean, *std)) or not all(v > 0 for v in std):
+        raise ValueError(
+            "normalize: must have finite means and finite standard deviations > 0, got "
+            f"{_shown(normalize)}"
+        )
+    return mean, std
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """A row of numbers as floats; one number alone is a row of one."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    listed = list(values) if isinstance(values, list | tuple) else [values]
+    found = [plain_number(value) for value in listed]
+    return None if None in found else tuple(float(v) for v in found if v is not None)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _per_channel(values: Sequence[float], channels: int, device: torch.device) -> Tensor:
-    row = tuple(float(v) for v in values) if isinstance(values, Iterable) else ()
-    if len(row) != channels:
+    if len(values) != channels:
         raise ValueError(
             f"normalize: must be (mean, std), each with one value per channel ({channels}), got "
-            f"{values} for one of them"
+            f"{list(values)} for one of them"
         )
-    return _constant(row, device).view(1, channels, 1, 1)
+    return _constant(tuple(values), device).view(1, channels, 1, 1)
+
+
+def byte_remedy(images: Any) -> str:
+    """What to do with images that are not bytes [N, H, W, C], by what they are.
+
+    Following the advice keeps every pixel: floats that were normalised, or already lie in 0..255,
+    are not multiplied by 255, and bytes are not at all.
+    """
+    if not isinstance(images, Tensor):
+        return "use torch.from_numpy(...) for an array, torch.stack(...) for a list of images"
+    first = images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[-1] not in (1, 3, 4)
+    order = ".permute(0, 2, 3, 1)" if first else ""
+    if images.dtype == torch.uint8:
+        if order:
+            return f"for [N, C, H, W] use images{order}"
+        return "use images[None] for a single image" if images.ndim == 3 else "check the shape"
+    if images.is_complex() or images.dtype == torch.bool or images.numel() == 0 or images.is_meta:
+        return "use the stored bytes"
+    low, high = (float(v) for v in images.detach().to(torch.float64).aminmax())
+    if not (low >= 0 and high <= 255):
+        return (
+            "these were normalised: undo it, images * std + mean, and then use "
+            f"(images * 255).round().to(torch.uint8){order}"
+        )
+    if not images.is_floating_point():
+        return f"use images.to(torch.uint8){order}"
+    scaled = "(images * 255)" if high <= 1 else "images"
+    kind = "0..1" if high <= 1 else "0..255"
+    return f"for floats in {kind} use {scaled}.round().to(torch.uint8){order}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -27,15 +104,17 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def normalize_bytes(images: Tensor, normalize: Normalization | None) -> Tensor:
+def normalize_bytes(images: Tensor, normalize: Normalization | str | None) -> Tensor:
     """Stored bytes to the network's input, as ToTensor and Normalize of torchvision do it.
 
     Args:
         images: [N, H, W, C] uint8.
-        normalize: (mean, std) per channel in units of 0..1; None leaves 0..1.
+        normalize: (mean, std) per channel in units of 0..1, or its name in NORMALIZATIONS; None
+            leaves 0..1.
     Returns:
         [N, C, H, W] float32 in channels-last memory, ``(x / 255 - mean) / std``.
     """
+    normalize = named_normalization(normalize)
     out = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
     if normalize is not None:
         mean, std = (_per_channel(v, images.shape[-1], images.device) for v in normalize)
@@ -44,7 +123,7 @@ def normalize_bytes(images: Tensor, normalize: Normalization | None) -> Tensor:
 
 
 def normalize_table(
-    channels: int, normalize: Normalization | None, dtype: torch.dtype = torch.float32
+    channels: int, normalize: Normalization | str | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What :func:`normalize_bytes` makes of each byte, for :func:`fst_fast.ops.inject`.
 
@@ -55,7 +134,7 @@ def normalize_table(
     return normalize_bytes(levels, normalize).flatten(1).t().to(dtype).contiguous()
 
 
-def normalize_affine(channels: int, normalize: Normalization | None) -> tuple[Tensor, Tensor]:
+def normalize_affine(channels: int, normalize: Normalization | str | None) -> tuple[Tensor, Tensor]:
     """(scale, shift), each [channels, 1, 1] float32 on the CPU: ``pixels * scale + shift``.
 
     Of pixels in 0..1, which need not be bytes; within float32's rounding of normalize_bytes().
@@ -66,21 +145,22 @@ def normalize_affine(channels: int, normalize: Normalization | None) -> tuple[Te
     return table[:, 255:, None] - shift, shift
 
 
-def _pixels(images: Tensor, normalize: Normalization | None) -> Tensor:
+def _pixels(images: Tensor, normalize: Normalization | str | None) -> Tensor:
     """[N, C, H, W] network inputs in units of 0..1."""
+    normalize = named_normalization(normalize)
     if normalize is None:
         return images.float()
     mean, std = (_per_channel(v, images.shape[1], images.device) for v in normalize)
     return images.float() * std + mean
 
 
-def pixel_range(images: Tensor, normalize: Normalization | None) -> tuple[Tensor, Tensor]:
+def pixel_range(images: Tensor, normalize: Normalization | str | None) -> tuple[Tensor, Tensor]:
     """Least and greatest pixel of [N, C, H, W] network inputs in units of 0..1, 0-d each."""
     low, high = _pixels(images, normalize).aminmax()
     return low, high
 
 
-def recover_bytes(images: Tensor, normalize: Normalization | None) -> Tensor:
+def recover_bytes(images: Tensor, normalize: Normalization | str | None) -> Tensor:
     """The inverse of :func:`normalize_bytes`: [N, C, H, W] floats to [N, H, W, C] uint8.
 
     Rounded to the nearest byte, so that it is exact for images that came from bytes.

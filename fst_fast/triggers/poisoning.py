@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import Trigger
+from .plain_numbers import plain_number, whole_number
 
 # Images that a trigger is put on at a time: some compute in float64.
 CHUNK = 1024
@@ -85,9 +86,10 @@ def plan(
     Raises:
         ValueError: an argument differs from the above, or asks for more images than there are.
     """
-    given = (trigger,) if isinstance(trigger, Trigger) else tuple(trigger)
+    given = _given(trigger, where)
     labels = labels.cpu()
-    _check(given, labels, target, relabel, cover, where)
+    target = _whole(target, labels, where)
+    _check(given, relabel, cover, where)
     generator = torch.Generator().manual_seed(seed)
     mask = _poisoned(labels, poisoned, target, relabel, generator, where)
     at_test = isinstance(poisoned, str)
@@ -186,25 +188,34 @@ def _add_negatives(
     poisoned[rows] = (images[rows].to(torch.int16) + change).clamp(0, 255).to(torch.uint8)
 
 
-def _check(
-    given: tuple[Trigger, ...],
-    labels: Tensor,
-    target: int,
-    relabel: str,
-    cover: float,
-    where: str,
-) -> None:
-    if not given or not all(isinstance(trigger, Trigger) for trigger in given):
+def _given(trigger: object, where: str) -> tuple[Trigger, ...]:
+    if isinstance(trigger, Trigger):
+        return (trigger,)
+    given = tuple(trigger) if isinstance(trigger, list | tuple) else ()
+    if not given or not all(isinstance(part, Trigger) for part in given):
+        named = isinstance(trigger, str)
+        remedy = f"fst_fast.triggers.get({trigger!r})" if named else "see fst_fast.triggers"
         raise ValueError(
-            f"{where}: trigger must be a Trigger or several, got {given}; see fst_fast.triggers"
+            f"{where}: trigger must be a Trigger or several, got {trigger!r}; {remedy}"
         )
+    return given
+
+
+def _whole(target: object, labels: Tensor, where: str) -> int:
+    """The target as an int that is one of the classes."""
+    found = whole_number(target)
+    most = int(labels.max()) if len(labels) else 0
+    if found is None or found < 0 or (len(labels) and found > most):
+        raise ValueError(f"{where}: target must be a class in 0..{most}, got {target!r}")
+    return found
+
+
+def _check(given: tuple[Trigger, ...], relabel: str, cover: float, where: str) -> None:
     if relabel not in RELABEL:
         raise ValueError(f"{where}: relabel must be one of {', '.join(RELABEL)}, got {relabel!r}")
-    if target < 0 or (len(labels) and target > int(labels.max())):
-        most = int(labels.max()) if len(labels) else 0
-        raise ValueError(f"{where}: target must be a class in 0..{most}, got {target}")
-    if not 0 <= cover <= 1:
-        raise ValueError(f"{where}: cover must be a rate in 0..1, got {cover}")
+    share = plain_number(cover)
+    if share is None or not 0 <= share <= 1:
+        raise ValueError(f"{where}: cover must be a rate in 0..1, got {cover!r}")
 
 
 def _poisoned(
@@ -216,6 +227,8 @@ def _poisoned(
     where: str,
 ) -> Tensor:
     """[M] bool."""
+    if not isinstance(poisoned, str) and hasattr(poisoned, "shape") and len(poisoned.shape):
+        poisoned = torch.as_tensor(poisoned)
     if isinstance(poisoned, Tensor):
         if poisoned.dtype != torch.bool or poisoned.shape != labels.shape:
             raise ValueError(
@@ -229,8 +242,12 @@ def _poisoned(
                 f'{where}: poisoned must be "all", a rate in 0..1 or a bool mask, got {poisoned!r}'
             )
         return torch.ones_like(labels, dtype=torch.bool)
-    if not 0 <= poisoned <= 1:
-        raise ValueError(f"{where}: rate must lie in 0..1, got {poisoned}")
+    rate = plain_number(poisoned)
+    if rate is None or not 0 <= rate <= 1:
+        raise ValueError(
+            f'{where}: poisoned must be "all", a rate that lies in 0..1, or a bool mask, got '
+            f"{poisoned!r}"
+        )
     allowed = {
         "all-to-one": (labels != target, f"not of class {target}"),
         "all-to-all": (torch.ones_like(labels, dtype=torch.bool), "there"),
@@ -238,10 +255,10 @@ def _poisoned(
     }
     eligible, words = allowed[relabel]
     sources = torch.nonzero(eligible).flatten()
-    count = round(poisoned * len(labels))
+    count = round(rate * len(labels))
     if count > len(sources):
         raise ValueError(
-            f"{where}: rate {poisoned} asks for {count} images, but only {len(sources)} are "
+            f"{where}: rate {rate} asks for {count} images, but only {len(sources)} are "
             f"{words}; use a rate up to {len(sources) / len(labels):.3f}"
         )
     mask = torch.zeros_like(labels, dtype=torch.bool)

@@ -247,12 +247,12 @@ GOOD = {"images": torch.zeros(4, 5, 5, 3, dtype=torch.uint8), "labels": torch.ze
         ({"labels": torch.zeros(4)}, r"integers \[4\], one per image, got torch.float32 \[4\]"),
         ({"labels": torch.zeros(4).bool()}, r"integers \[4\], one per image, got torch.bool"),
         ({"labels": torch.zeros(4, 10).long()}, r"one per image, got torch.int64 \[4, 10\]"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"augment": "imagenet"}, "None, \"cifar\" or an Augment, got 'imagenet'"),
         ({"augment": True}, 'None, "cifar" or an Augment, got True'),
         ({"normalize": ([0.5], [0.5])}, r"one value per channel \(3\), got \[0.5\]"),
         ({"normalize": ([0.5] * 3, [0.5] * 4)}, r"per channel \(3\), got \[0.5, 0.5, 0.5, 0.5\]"),
-        ({"normalize": (0.5, 0.5)}, r"one value per channel \(3\), got 0.5"),
+        ({"normalize": (0.5, 0.5)}, r"one value per channel \(3\), got \[0.5\]"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
@@ -262,7 +262,7 @@ def test_wrong_arguments_are_refused_at_once(wrong, message):
 
 
 def test_a_negative_pad_is_refused():
-    with pytest.raises(ValueError, match="pad must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="pad must be an integer >= 0, got -1"):
         Augment(pad=-1)
 
 

@@ -204,7 +204,7 @@ def test_a_table_normalises_as_it_says():
     [
         ({"poisoned": 0.1}, "trigger must be given to poison images, got None"),
         ({"cover": 0.1}, "trigger must be given"),
-        ({"trigger": BadNets(), "poisoned": 1.5}, r"rate must lie in 0..1, got 1.5"),
+        ({"trigger": BadNets(), "poisoned": 1.5}, r"a rate that lies in 0..1, .* got 1.5"),
         ({"trigger": BadNets(), "poisoned": 0.9}, r"asks for 33 images, but only 29 are not of"),
         ({"trigger": BadNets(), "poisoned": "some"}, '"all", a rate in 0..1 or a bool mask'),
         ({"trigger": BadNets(), "poisoned": torch.ones(5, dtype=torch.bool)}, r"mask \[37\]"),
@@ -218,7 +218,7 @@ def test_a_table_normalises_as_it_says():
         ({"trigger": "badnets"}, "trigger must be a Trigger or several"),
         ({"trigger": ()}, "trigger must be a Trigger or several"),
         ({"normalize": torch.ones(3, 255)}, r"normalize must be floats \[3, 256\]"),
-        ({"dtype": torch.float64}, "lut must be float32, bfloat16 or float16"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32, torch.bfloat16, .* got"),
     ],
 )
 def test_bad_settings_are_refused(options, words):

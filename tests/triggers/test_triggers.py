@@ -171,8 +171,15 @@ def test_images_of_another_kind_are_refused(trigger, images, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BadNets(size=0), "size must be >= 1 and margin >= 0, got 0 and 0"),
-        (lambda: BadNets(margin=-1), "size must be >= 1 and margin >= 0, got 3 and -1"),
+        (lambda: BadNets(size=0), "size must be a whole number >= 1, got 0; the default is 3"),
+        (lambda: BadNets(margin=-1), "margin must be a whole number >= 0, got -1"),
+        (lambda: BadNets(size=2.5), "size must be a whole number >= 1, got 2.5"),
+        (lambda: BadNets(size="3"), "size must be a whole number >= 1, got '3'"),
+        (lambda: BadNets(size=True), "size must be a whole number >= 1, got True"),
+        (lambda: BadNets(margin=np.float32(1)), "margin must be a whole number .* got np.float32"),
+        (lambda: Blended(alpha="0.1"), "alpha must be a number in 0..1, got '0.1'"),
+        (lambda: Blended(seed=None), "seed must be a whole number in .*, got None"),
+        (lambda: triggers.get(["badnets"]), r"name must be one of .*, got \['badnets'\]"),
         (lambda: BadNets(corner="middle"), "corner must be one of .*top-left.* got 'middle'"),
         (lambda: BadNets(value=256), "value must be an integer in 0..255, .* got 256"),
         (lambda: BadNets(value=(0, -1, 0)), r"value must be .* got \(0, -1, 0\)"),
@@ -181,11 +188,11 @@ def test_images_of_another_kind_are_refused(trigger, images, message):
         (lambda: BadNets(size=5, margin=2).apply(make_images()), "fit into 6 x 9 pixels, got 7"),
         (lambda: BadNets(size=7).apply(make_images(1, 9, 6)), "fit into 9 x 6 pixels, got 7"),
         (lambda: BadNets(value=(1, 2)).apply(make_images()), r"per channel \(3\), got \(1, 2\)"),
-        (lambda: Blended(alpha=1.5), "alpha must lie in 0..1, got 1.5"),
-        (lambda: Blended(alpha=-0.1), "alpha must lie in 0..1, got -0.1"),
-        (lambda: Blended(alpha=float("nan")), "alpha must lie in 0..1, got nan"),
-        (lambda: Blended(pattern=torch.rand(6, 9, 3)), "uint8 tensor .* got Tensor torch.float32"),
-        (lambda: Blended(pattern=np.zeros((6, 9, 3))), "got ndarray float64; .*from_numpy"),
+        (lambda: Blended(alpha=1.5), "alpha must be a number in 0..1, got 1.5"),
+        (lambda: Blended(alpha=-0.1), "alpha must be a number in 0..1, got -0.1"),
+        (lambda: Blended(alpha=float("nan")), "alpha must be a number in 0..1, got nan"),
+        (lambda: Blended(pattern=torch.rand(6, 9, 3)), r"of uint8, got Tensor torch.float32"),
+        (lambda: Blended(pattern=np.zeros((6, 9, 3))), "got ndarray float64 .*from_numpy"),
         (
             lambda: Blended(pattern=make_images()[0]).apply(make_images(1, 8, 8)),
             r"pattern must be \[8, 8, 3\] like one image, got \[6, 9, 3\]; resize",
@@ -195,7 +202,7 @@ def test_images_of_another_kind_are_refused(trigger, images, message):
             r"name must be one of \['adaptive-blend', .*'badnets', .*\], got 'wanted'",
         ),
         (lambda: triggers.get("badnets", sise=2), "badnets does not take .*sise"),
-        (lambda: triggers.get("badnets", size=0), "size must be >= 1"),
+        (lambda: triggers.get("badnets", size=0), "size must be a whole number >= 1"),
     ],
 )
 def test_wrong_settings_are_refused_in_words(make, message):

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from check import assert_same_bits
 
-from fst_fast.data.device_loader import normalize_table
 from fst_fast.ops import inject
 from fst_fast.triggers.adaptive import AdaptiveBlend, AdaptivePatch, BlendedInPart, Patches
 from fst_fast.triggers.additive import SIBA, SIG, LabelConsistent, LowFrequency, TrojanNN
 from fst_fast.triggers.frequency import CTRL, FTrojan
 from fst_fast.triggers.lower import looked_up, lower
+from fst_fast.triggers.pixels import normalize_table
 from fst_fast.triggers.poisoning import plan
 from fst_fast.triggers.quantise import BppAttack, BppAttackDithered
 

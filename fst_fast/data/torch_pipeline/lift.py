@@ -148,9 +148,9 @@ def _labels(labels: np.ndarray, index: np.ndarray) -> Tensor:
             f"labels are {labels.dtype} {list(labels.shape)}; expected integers, one per image"
         )
     chosen = labels[index]
-    if int(chosen.min()) < 0 or int(chosen.max()) >= 2**63:
+    if int(chosen.min()) < 0 or int(chosen.max()) >= 2**31:
         raise NotLiftableError(
-            f"labels go from {chosen.min()} to {chosen.max()}; expected 0 or more, within int64"
+            f"labels go from {chosen.min()} to {chosen.max()}; expected 0 or more, within int32"
         )
     return torch.from_numpy(chosen.astype(np.int64))
 
