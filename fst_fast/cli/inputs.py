@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from .. import checkpoints
-from ..data import image_sets, normalization
+from ..data import class_names, image_sets, normalization
 from ..data.device_loader import DeviceLoader
+from ..triggers.pixels import Normalization, normalize_bytes
+from .measured import classes_of
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +33,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         required=True,
-        help="folder with one sub-folder per class (sorted names are labels 0, 1, ...), or .npz",
+        help="folder with one sub-folder for each of the model's classes (sorted names are labels "
+        "0, 1, ..., and numbers are the labels themselves), or .npz",
     )
     known = ", ".join(normalization.NORMALIZATIONS)
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="the model's classes by name: one a line, or JSON; --data may then lack some",
+    )
     parser.add_argument("--size", type=int, help="resize and centre-crop to this many pixels")
     parser.add_argument(
         "--normalize",
@@ -60,8 +70,30 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object
     return model, facts
 
 
-def load_images(options: argparse.Namespace, path: Path) -> image_sets.ImageSet:
-    return image_sets.read(path, options.size, skip_corrupt=options.skip_corrupt)
+def load_images(
+    options: argparse.Namespace, path: Path, model: nn.Module, where: str = "--data"
+) -> image_sets.ImageSet:
+    """The images, under the model's labels; refused where these are not certain."""
+    names = None if options.classes is None else class_names.read_names(options.classes)
+    normalize = normalization.normalization(options.normalize)
+    images = image_sets.read(path, options.size, skip_corrupt=options.skip_corrupt)
+    return fitted(images, model, names, normalize, path, where)
+
+
+def fitted(
+    images: image_sets.ImageSet,
+    model: nn.Module,
+    names: Mapping[str, int] | None,
+    normalize: Normalization | None,
+    path: Path,
+    where: str = "--data",
+) -> image_sets.ImageSet:
+    """The images under the labels of the model, which is run on two of them for its classes."""
+    classes = classes_of(model, normalize_bytes(images.images[:2], normalize))
+    if classes is None:
+        return images
+    labelled = path.suffix == ".npz"
+    return class_names.fit_classes(images, classes, names, labelled=labelled, where=where)
 
 
 def loader(options: argparse.Namespace, images: image_sets.ImageSet, shuffle: bool) -> DeviceLoader:

@@ -20,9 +20,11 @@ from ..lab.demo import run_demo
 from ..measure.evaluate import evaluate
 from ..ops import backends
 from ..tuning import profiling
+from ..tuning.arguments import labels_fault
 from ..tuning.purify import purify
 from . import inputs, inspect, lab, report, sweep
 from . import triggers as zoo
+from .measured import Answers, answers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--report", type=Path, metavar="FILE.html", help="write a report as well")
     tune.add_argument("--quiet", action="store_true", help="no progress")
     tune.add_argument(
+        "--force", action="store_true", help="go on where the labels do not seem to be the model's"
+    )
+    tune.add_argument(
         "--profile",
         type=Path,
         metavar="FILE.json",
@@ -100,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--trigger-option", action="append", default=[], metavar="NAME=VALUE", help="JSON value"
     )
-    measure.add_argument("--target", type=int, default=0, help="the attacker's class")
+    measure.add_argument(
+        "--target",
+        type=int,
+        help="the attacker's class; default: for each trigger the class most often answered",
+    )
     measure.add_argument("--json", action="store_true")
     measure.set_defaults(run=_evaluate)
 
@@ -137,15 +146,16 @@ def _purify(options: argparse.Namespace) -> int:
     checkpoints.check_writable(options.out)
     model, facts = inputs.load_model(options)
     suspect = report.suspect_for(options, model)
-    images = inputs.load_images(options, options.data)
+    images = inputs.load_images(options, options.data, model)
     loader = inputs.loader(options, images, shuffle=True)
     plain = inputs.loader(options, images, shuffle=False)
     validation = None
     if options.validation is not None:
-        found = inputs.load_images(options, options.validation)
+        found = inputs.load_images(options, options.validation, model, "--validation")
         validation = inputs.loader(options, found, shuffle=False)
     judged = plain if validation is None else validation
-    before = evaluate(model, judged, device=options.device, precision=options.precision)
+    before = answers(model, judged, options)
+    _check_labels(options, before, images)
     method, profile = _method(options), None
     if options.profile is not None:
         profile = profiling.of_run(loader, options.epochs * method.epochs_factor, options.profile)
@@ -177,12 +187,12 @@ def _purify(options: argparse.Namespace) -> int:
         data={"path": str(options.data), "images": len(images), "classes": list(images.classes)},
         normalize=options.normalize,
         clean_accuracy={
-            "before": before.clean_accuracy,
+            "before": before.accuracy,
             "after": after.clean_accuracy,
             "measured_on": "tuning images" if validation is None else str(options.validation),
         },
     )
-    _print_outcome(before.clean_accuracy, after.clean_accuracy, images, validation is not None)
+    _print_outcome(before.accuracy, after.clean_accuracy, images, validation is not None)
     print(f"wrote {options.out} (sha256 {manifest['sha256']})")
     if options.report is not None:
         report.write_after(options, result, suspect, validation, manifest)
@@ -198,31 +208,59 @@ def _print_outcome(
         f"clean accuracy on {where}: {100 * before:.2f} % before, "
         f"{100 * after:.2f} % after; attack success not measured (no trigger)"
     )
-    if before < 2 / len(images.classes):
-        print(
-            "warning: before tuning the model was near chance on these images; check --normalize, "
-            "--size, and that the sorted sub-folder names are the model's labels in order",
-            file=sys.stderr,
-        )
+
+
+def _check_labels(
+    options: argparse.Namespace, before: Answers, images: image_sets.ImageSet
+) -> None:
+    """Stop, or with --force warn, where the images' labels cannot be the model's."""
+    text = _labels_text(before, images)
+    if text is not None and not options.force:
+        raise ValueError(f"{text}; --force goes on all the same")
+    _warn_of_labels(before, images)
+
+
+def _warn_of_labels(seen: Answers, images: image_sets.ImageSet) -> None:
+    text = _labels_text(seen, images)
+    if text is not None:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def _labels_text(seen: Answers, images: image_sets.ImageSet) -> str | None:
+    labels, answered = seen.clean
+    fault = labels_fault(labels, answered, len(images.classes), images.classes)
+    checks = "check --normalize, --size, --arch, and that the classes are the model's in order"
+    if fault is None:
+        return None
+    return f"--data must have the model's own labels, got {fault}; {checks} (--classes FILE)"
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     if options.battery and options.trigger is not None:
         raise ValueError("--battery and --trigger must not be given together; leave one out")
     model, _ = inputs.load_model(options)
-    images = inputs.load_images(options, options.data)
+    images = inputs.load_images(options, options.data, model)
     loader = inputs.loader(options, images, shuffle=False)
-    settings = {"device": options.device, "precision": options.precision}
     if options.battery:
-        battery = zoo.battery(images.images)
-        found = evaluate(model, loader, battery, options.target, **settings)
-        zoo.show_battery(found, options.target, options.json)
-        return 0
-    trigger = None
-    if options.trigger is not None:
-        trigger = triggers.get(options.trigger, **normalization.options(options.trigger_option))
-    metrics = evaluate(model, loader, trigger, options.target, **settings)
-    print(json.dumps(asdict(metrics), indent=2) if options.json else metrics)
+        named = zoo.battery(images.images)
+    elif options.trigger is not None:
+        given = normalization.options(options.trigger_option)
+        named = {options.trigger: triggers.get(options.trigger, **given)}
+    else:
+        named = {}
+    seen = answers(model, loader, options, named, options.target or 0)
+    targets = {
+        name: seen.most_answered(name) if options.target is None else options.target
+        for name in named
+    }
+    found = {name: (targets[name], seen.metrics(name, targets[name])) for name in named}
+    _warn_of_labels(seen, images)
+    if not named:
+        print(json.dumps(asdict(seen.metrics()), indent=2) if options.json else seen.metrics())
+    elif options.battery:
+        zoo.show_battery(found, images.classes, options.target is not None, options.json)
+    else:
+        zoo.show_one(*found[options.trigger], options.target is not None, options.json)
     return 0
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from .. import checkpoints, triggers
-from ..data import image_sets, normalization
+from ..data import class_names, image_sets, normalization
 from ..data.device_loader import DeviceLoader
 from ..measure import report
 from ..measure.per_image import examine
 from ..measure.report import Measured
 from ..tuning.result import PurifyResult
+from . import inputs
 
 # A manifest of a million classes is smaller.
 LARGEST = 256 << 20
@@ -42,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trigger", choices=sorted(triggers.ZOO))
     parser.add_argument("--trigger-option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--target", type=int, default=0, help="the attacker's class")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of the labels, in order")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="of the labels, in order; or a file of them, as for purify",
+    )
     parser.add_argument("--device")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
 
@@ -51,9 +57,11 @@ def run(options: argparse.Namespace) -> int:
     """Write the report of a saved run; with test images, measure first."""
     report.check(options.out)
     manifest = _manifest(options.checkpoint)
-    measured, names = None, options.classes
+    by_name = _listed(options.classes)
+    measured = None
+    names = options.classes if by_name is None else None
     if options.data is not None:
-        measured, found = _measure(options, manifest)
+        measured, found = _measure(options, manifest, by_name)
         names = names or found
     elif options.suspect is not None or options.trigger is not None:
         raise ValueError("--data must be given with --suspect or --trigger: a folder of images")
@@ -87,6 +95,13 @@ def write_after(
     print(f"wrote {options.report}")
 
 
+def _listed(given: list[str] | None) -> dict[str, int] | None:
+    """The classes of a file, where --classes names one rather than the classes themselves."""
+    if given is None or len(given) != 1 or not Path(given[0]).is_file():
+        return None
+    return class_names.read_names(Path(given[0]))
+
+
 def _manifest(path: Path) -> Any:
     """The manifest beside a checkpoint, which it must describe."""
     beside = path.with_suffix(".json")
@@ -107,7 +122,7 @@ def _manifest(path: Path) -> Any:
 
 
 def _measure(
-    options: argparse.Namespace, manifest: dict[str, Any]
+    options: argparse.Namespace, manifest: dict[str, Any], names: dict[str, int] | None
 ) -> tuple[Measured, tuple[str, ...]]:
     # Never taken from the manifest: module:callable runs code, and anybody can write a manifest.
     if options.arch is None:
@@ -118,16 +133,15 @@ def _measure(
     trigger = None
     if options.trigger is not None:
         trigger = triggers.get(options.trigger, **normalization.options(options.trigger_option))
-    images = image_sets.read(options.data, options.size)
+    model = _load(options, options.checkpoint)
+    values = normalization.normalization(normalize)
+    read = image_sets.read(options.data, options.size)
+    images = inputs.fitted(read, model, names, values, options.data)
     loader = DeviceLoader(
-        images.images,
-        images.labels,
-        options.batch_size,
-        shuffle=False,
-        normalize=normalization.normalization(normalize),
+        images.images, images.labels, options.batch_size, shuffle=False, normalize=values
     )
     measured = examine(
-        _load(options, options.checkpoint),
+        model,
         loader,
         suspect=None if options.suspect is None else _load(options, options.suspect),
         trigger=trigger,

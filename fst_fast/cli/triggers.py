@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,41 @@ def battery(images: Tensor) -> dict[str, Trigger]:
     return found
 
 
-def show_battery(found: Mapping[str, Metrics], target: int, as_json: bool) -> None:
-    """A table with the most successful first; it shows published triggers, and no others."""
+def show_one(target: int, metrics: Metrics, given: bool, as_json: bool) -> None:
+    """What one trigger does; where the target was not given, which class was answered most."""
     if as_json:
-        print(json.dumps({name: asdict(metrics) for name, metrics in found.items()}, indent=2))
+        print(json.dumps({**asdict(metrics), "target": target, "target_given": given}, indent=2))
         return
-    table = Table("trigger", f"taken for class {target}", "still right")
-    for name, metrics in sorted(found.items(), key=lambda item: -(item[1].attack_success or 0)):
+    print(metrics if given else f"{metrics}; target not given: class {target} answered most")
+
+
+def show_battery(
+    found: Mapping[str, tuple[int, Metrics]], classes: Sequence[str], given: bool, as_json: bool
+) -> None:
+    """A table with the most successful first; it shows published triggers, and no others.
+
+    Args:
+        found: of each trigger the target and what was measured of it.
+        classes: their names.
+        given: whether the target was given, rather than taken from the answers.
+    """
+    if as_json:
+        told = {
+            name: {**asdict(metrics), "target": target, "target_given": given}
+            for name, (target, metrics) in found.items()
+        }
+        print(json.dumps(told, indent=2))
+        return
+    answered = "target" if given else "most often answered"
+    table = Table("trigger", answered, "of the other classes' images", "still right")
+    for name, (target, metrics) in sorted(
+        found.items(), key=lambda item: -(item[1][1].attack_success or 0)
+    ):
         rates = (metrics.attack_success, metrics.robust_accuracy)
-        table.add_row(name, *("-" if r is None else f"{100 * r:.1f} %" for r in rates))
-    any_metrics = next(iter(found.values()))
+        label = classes[target] if target < len(classes) else ""
+        shown = f"{target}" if label in ("", str(target)) else f"{target} {label}"
+        table.add_row(name, shown, *("-" if r is None else f"{100 * r:.1f} %" for r in rates))
+    _, any_metrics = next(iter(found.values()))
     console = Console()
     console.print(
         f"clean accuracy {100 * any_metrics.clean_accuracy:.2f} % of {any_metrics.images}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +144,11 @@ def _read(
 
 
 def folder(root: str | Path, size: int | None = None, *, skip_corrupt: bool = False) -> ImageSet:
-    """A folder with one sub-folder of images per class, as torchvision's ImageFolder reads it.
+    """A folder with one sub-folder of images per class.
 
-    Labels are the positions of the sub-folders' names in sorted order. Files whose suffix is not
+    Labels are the positions of the sub-folders' names in sorted order, as in torchvision's
+    ImageFolder; but names that are all whole numbers are sorted as numbers, as timm does, so that
+    10 comes behind 2. Names that begin with a dot are passed over. Files whose suffix is not
     .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff or .webp are passed over. What becomes of each
     kind of image is told at :func:`fst_fast.data.decoding.decode`.
 
@@ -161,7 +163,10 @@ def folder(root: str | Path, size: int | None = None, *, skip_corrupt: bool = Fa
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
     try:
-        classes, class_to_idx = find_classes(str(root))
+        classes = _in_order([name for name in find_classes(str(root))[0] if name[0] != "."])
+        class_to_idx = {name: number for number, name in enumerate(classes)}
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
         _check_links(root)
         samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS)
     except OSError as error:
@@ -172,6 +177,18 @@ def folder(root: str | Path, size: int | None = None, *, skip_corrupt: bool = Fa
     images, kept = _read(f"folder {root}", sources, size, skip_corrupt)
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
     return ImageSet(images, labels[kept], tuple(classes))
+
+
+def whole_names(names: Sequence[str]) -> list[int] | None:
+    """The numbers that the names are; None where one is no whole number, or one comes twice."""
+    if not all(name.isascii() and name.isdigit() and len(name) < 10 for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if numbers and len(set(numbers)) == len(numbers) else None
+
+
+def _in_order(names: list[str]) -> list[str]:
+    return sorted(names, key=int) if whole_names(names) is not None else sorted(names)
 
 
 def _check_links(root: str | Path) -> None:

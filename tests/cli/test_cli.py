@@ -39,7 +39,8 @@ def data(files, *more):
 def run_purify(files, *more):
     out = files / "out.safetensors"
     arguments = ["purify", str(files / "suspect.pt"), *data(files), "--out", str(out)]
-    return main([*arguments, "--device", "cpu", "--epochs", "2", "--batch-size", "12", *more])
+    arguments += ["--device", "cpu", "--epochs", "2", "--batch-size", "12", "--force"]
+    return main([*arguments, *more])
 
 
 def test_purify_writes_weights_and_manifest(files, capsys):
@@ -94,8 +95,11 @@ def test_a_battery_of_triggers(files, capsys):
     assert {"badnets", "blended", "wanet", "refool"} <= set(found)
     assert not {"siba", "ssba", "input-aware"} & set(found)
     assert len({metrics["clean_accuracy"] for metrics in found.values()}) == 1
-    assert main([*arguments, "--trigger", "sig", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found["sig"]
+    assert not any(metrics["target_given"] for metrics in found.values())
+    for more in ([], ["--target", str(found["sig"]["target"])]):
+        assert main([*arguments, "--trigger", "sig", *more, "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert {**alone, "target_given": False} == found["sig"]
     assert main([*arguments, "--battery"]) == 0
     assert "does not show here" in capsys.readouterr().out
     assert main([*arguments, "--battery", "--trigger", "sig"]) == 1
@@ -183,7 +187,11 @@ def test_graphs(files, capsys):
 def test_near_chance_is_said(files, capsys):
     # An untrained model: nothing on the command line can be right about it.
     assert run_purify(files, "--quiet") == 0
-    assert "near chance" in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert "warning: --data must have the model's own labels, got a model that is right" in warned
+    evaluate = ["evaluate", str(files / "suspect.pt"), *data(files)]
+    assert main(evaluate) == 0
+    assert "warning: --data must have the model's own labels" in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_named_or_left_out(files, capsys):
