@@ -1,5 +1,14 @@
 """Read model files that nobody vouches for, and write files so that nothing is lost."""
 
-from .load import LoadError, check_writable, load, read_state_dict, save, sha256, versions
+from .load import LoadError, check_writable, digest, load, read_state_dict, save, sha256, versions
 
-__all__ = ["LoadError", "check_writable", "load", "read_state_dict", "save", "sha256", "versions"]
+__all__ = [
+    "LoadError",
+    "check_writable",
+    "digest",
+    "load",
+    "read_state_dict",
+    "save",
+    "sha256",
+    "versions",
+]

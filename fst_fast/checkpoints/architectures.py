@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -33,7 +34,8 @@ def build(arch: Arch, num_classes: int | None = None, **options: Any) -> nn.Modu
         promise; it is not checked here.
     Raises:
         ValueError: an unknown name (with near matches), an option that would fetch weights, options
-            beside a finished module, or a callable that returns something else.
+            beside a finished module, options that the builder does not take, or a callable that
+            fails or returns something else.
         RuntimeError: "torchvision/NAME" or "timm/NAME" where that library is not installed.
     """
     _check_arguments(arch, num_classes, options)
@@ -41,7 +43,8 @@ def build(arch: Arch, num_classes: int | None = None, **options: Any) -> nn.Modu
         return arch
     if num_classes is not None:
         options["num_classes"] = num_classes
-    model = _build_named(arch, options) if isinstance(arch, str) else arch(**options)
+    builder, fixed = _builder(arch, options) if isinstance(arch, str) else (arch, {})
+    model = _called(builder, arch, options, fixed)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"build: arch {arch!r} must return a torch.nn.Module, got {type(model).__name__}; "
@@ -77,9 +80,39 @@ def _check_num_classes(num_classes: int) -> None:
         )
 
 
-def _build_named(arch: str, options: dict[str, Any]) -> nn.Module:
+def takes_num_classes(arch: Arch) -> bool:
+    """Whether a builder of the user's own has such an argument; those of libraries always have."""
+    if isinstance(arch, nn.Module) or (isinstance(arch, str) and ":" not in arch):
+        return True
+    try:
+        found = inspect.signature(_import_callable(arch) if isinstance(arch, str) else arch)
+    except (TypeError, ValueError):
+        return True
+    kinds = [parameter.kind for parameter in found.parameters.values()]
+    return "num_classes" in found.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _called(
+    builder: Callable[..., Any], arch: Arch, options: dict[str, Any], fixed: dict[str, Any]
+) -> Any:
+    try:
+        return builder(**fixed, **options)
+    except (ValueError, RuntimeError):
+        # These are words for the user already.
+        raise
+    except Exception as error:
+        name = arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise ValueError(
+            f"build: arch {name!r} must take the options {given}, got {type(error).__name__}: "
+            f"{error}; leave out what it does not take, or check the values"
+        ) from error
+
+
+def _builder(arch: str, options: dict[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What builds the named model, and the arguments that it gets apart from the options."""
     if ":" in arch:
-        return _import_callable(arch)(**options)
+        return _import_callable(arch), {}
     fetching = sorted(_WEIGHTS & options.keys())
     if fetching:
         raise ValueError(
@@ -96,11 +129,11 @@ def _build_named(arch: str, options: dict[str, Any]) -> nn.Module:
     if library != "timm" and name in _torchvision_names(required=library == "torchvision"):
         import torchvision
 
-        return torchvision.models.get_model(name, weights=None, **options)
+        return torchvision.models.get_model, {"name": name, "weights": None}
     if library != "torchvision" and _timm_knows(name, required=library == "timm"):
         import timm
 
-        return timm.create_model(name, pretrained=False, **options)
+        return timm.create_model, {"model_name": name, "pretrained": False}
     raise ValueError(_unknown(arch, library, name))
 
 

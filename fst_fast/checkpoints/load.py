@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fst_fast.checkpoints import manifest as manifests
-from fst_fast.checkpoints.architectures import Arch, build
+from fst_fast.checkpoints.architectures import Arch, build, takes_num_classes
 from fst_fast.checkpoints.atomic_files import (
     dump_json,
     replace_file,
@@ -24,9 +24,19 @@ from fst_fast.checkpoints.atomic_files import (
     write_temporary,
 )
 from fst_fast.checkpoints.read import FLOATS, LoadError, fault, few, read_state_dict, refusal, strip
+from fst_fast.checkpoints.shards import digest
 
 # LoadError, read_state_dict and sha256 live in the files above; callers find them here.
-__all__ = ["LoadError", "check_writable", "load", "read_state_dict", "save", "sha256", "versions"]
+__all__ = [
+    "LoadError",
+    "check_writable",
+    "digest",
+    "load",
+    "read_state_dict",
+    "save",
+    "sha256",
+    "versions",
+]
 
 
 def load(
@@ -54,7 +64,7 @@ def load(
     path = Path(path)
     state = read_state_dict(path)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        if num_classes is None and not isinstance(arch, nn.Module):
+        if num_classes is None and not isinstance(arch, nn.Module) and takes_num_classes(arch):
             num_classes = _infer_num_classes(path, state, arch, options)
         model = build(arch, num_classes, **options)
     _fill(path, model, state, num_classes)

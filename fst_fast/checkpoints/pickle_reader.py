@@ -124,6 +124,9 @@ def _check_zip(path: str) -> None:
         if any(r.filename.endswith("/constants.pkl") for r in records):
             got = "a TorchScript program (nothing was run)"
             raise RefusedError(WEIGHTS, got, f"save the weights, {EXPORT}")
+        kind = _other_zip([r.filename for r in records])
+        if kind is not None:
+            raise RefusedError(WEIGHTS, kind, f"load the weights alone, {EXPORT}")
         stored = all(r.compress_type == zipfile.ZIP_STORED for r in records)
         if not stored or sum(r.file_size for r in records) > Path(path).stat().st_size:
             raise RefusedError(
@@ -133,6 +136,17 @@ def _check_zip(path: str) -> None:
     if damaged is not None:
         got = f"a wrong CRC-32 in {few([repr(damaged)])}"
         raise RefusedError("undamaged records", got, "fetch or save it again")
+
+
+def _other_zip(names: list[str]) -> str | None:
+    """What a zip archive is that torch.save did not write; None where it may have."""
+    if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+        return None
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)"
+    if any(name.endswith((".h5", ".keras")) for name in names):
+        return "a Keras model"
+    return f"a zip archive of other files ({few(sorted(names)) or 'none'}); unpack it"
 
 
 def _explain(error: Exception) -> RefusedError:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fst_fast.checkpoints import manifest, reader_client
-from fst_fast.checkpoints.state_dicts import EXPORT, FLOATS, WEIGHTS, fault, few, strip
+from fst_fast.checkpoints import manifest, reader_client, shards
+from fst_fast.checkpoints.file_kinds import foreign, is_safetensors
+from fst_fast.checkpoints.state_dicts import (
+    EXPORT,
+    FLOATS,
+    WEIGHTS,
+    RefusedError,
+    fault,
+    few,
+    strip,
+)
 
 __all__ = ["FLOATS", "LoadError", "fault", "few", "read_state_dict", "refusal", "strip"]
 
@@ -30,7 +40,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a model file without running anything from it.
 
     Equals ``safetensors.torch.load_file(path)``, or ``torch.load(path, weights_only=True,
-    map_location="cpu")`` for any suffix but .safetensors; there is no fall-back to plain pickle.
+    map_location="cpu")`` for a file that is neither named .safetensors nor begins as one; there is
+    no fall-back to plain pickle. A folder stands for the ``model.safetensors`` or
+    ``pytorch_model.bin`` in it, or for the shards that an index of that name lists; the index may
+    be named itself.
     The latter happens in another process, under limits that grow with the file: its size + 160 MB
     of memory, 4 s of computing + 1 s per 20 MB. The first such call starts that process, which
     imports torch; from then on it is there.
@@ -39,7 +52,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     "model_state_dict", "model_state" or "netC"; "state_dict_ema" comes before these, as in timm.
     Objects of NumPy beside it (BackdoorBench's attack_result.pt) and a command line's Namespace
     (timm, torchvision) are left out without a look. "module.", "_orig_mod.", "model." (Lightning)
-    and "net." are stripped when every name carries them.
+    and "net." are stripped when every name carries them; ``n_averaged`` beside "module." (torch's
+    AveragedModel) is left out.
 
     Returns:
         Names to CPU tensors as stored: dtype kept, tied tensors still tied in a .pt file. They may
@@ -51,16 +65,40 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             tensors that overlap, a reading process that crashed or passed its limits.
     """
     path = Path(path)
-    check_file(path)
-    if path.suffix.lower() == ".safetensors":
-        _check_manifest(path)
-        state = _read_safetensors(path)
-    else:
-        state = _read_pickle(path)
+    state: dict[str, Tensor] = {}
+    holders: dict[str, Path] = {}
+    with asked_of(path):
+        parts = shards.files_of(path)
+    for part in parts:
+        for name, value in _read_file(part).items():
+            if name in state:
+                both = f"{holders[name].name} and {part.name}"
+                raise refusal(path, "each tensor once", f"{name!r} in {both}", "fetch it again")
+            state[name], holders[name] = value, part
+    with asked_of(path):
+        shards.check_whole(path, holders)
     wrong = [f"{name!r}: {found}" for name, value in state.items() if (found := fault(value))]
     if wrong:
         raise refusal(path, WEIGHTS, few(wrong), f"save the weights alone, {EXPORT}")
     return {short: state[name].detach() for short, name in strip(state).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file under their own names; the format goes by the content."""
+    check_file(path)
+    if path.suffix.lower() == ".safetensors" or is_safetensors(path):
+        _check_manifest(path)
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+@contextlib.contextmanager
+def asked_of(path: Path) -> Iterator[None]:
+    """A refusal within is a LoadError that names this path."""
+    try:
+        yield
+    except RefusedError as error:
+        raise refusal(path, *error.reason) from None
 
 
 def refusal(path: Path, expected: str, got: str, remedy: str) -> LoadError:
@@ -70,15 +108,15 @@ def refusal(path: Path, expected: str, got: str, remedy: str) -> LoadError:
 
 
 def check_file(path: Path) -> None:
-    """Raise a LoadError for what is no ordinary file with something in it."""
-    if path.is_dir():
-        got, remedy = "a directory", "name the file inside it"
-    elif not path.exists():
+    """Raise a LoadError for what is no ordinary file, empty, or known to be something else."""
+    if not path.exists():
         got, remedy = "no such file", "check the path"
     elif not path.is_file():
         got, remedy = "a pipe, socket or device", "copy it to an ordinary file"
     elif path.stat().st_size == 0:
         got, remedy = "an empty file", "fetch or save it again"
+    elif (known := foreign(path)) is not None:
+        got, remedy = known
     else:
         return
     raise refusal(path, WEIGHTS, got, remedy)

@@ -16,6 +16,7 @@ DTYPES = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint
 # timm's loader takes the averaged weights where there are any; so they come first.
 _WRAPPERS = ("state_dict", "model", "net", "model_state_dict", "model_state", "netC")
 _AVERAGED = "state_dict_ema"
+_AVERAGES_COUNT = "n_averaged"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 WEIGHTS = "a state dict (names to dense, finite tensors)"
 EXPORT = "where it can be loaded: torch.save(model.state_dict(), 'weights.pt')"
@@ -70,8 +71,14 @@ def unwrap(content: Any) -> tuple[list[str], Any]:
 
 
 def strip(names: Iterable[str]) -> dict[str, str]:
-    """Map each name without the wrappers' prefixes that all names share, to the name."""
-    stripped = {name: name for name in names}
+    """Map each name without the wrappers' prefixes that all names share, to the name.
+
+    The counter of torch's AveragedModel, beside "module." in all other names, is left out.
+    """
+    listed = list(names)
+    others = [name for name in listed if name != _AVERAGES_COUNT]
+    counted = len(others) < len(listed) and all(name.startswith("module.") for name in others)
+    stripped = {name: name for name in (others if counted and others else listed)}
     shared = True
     while shared:
         shared = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from .. import checkpoints
 from ..data import class_names, image_sets, normalization
 from ..data.device_loader import DeviceLoader
 from ..triggers.pixels import Normalization, normalize_bytes
+from ..tuning.arguments import to_float32
 from .measured import classes_of
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help=".safetensors, or .pt/.pth state dict")
+    parser.add_argument(
+        "checkpoint", type=Path, help=".safetensors, .pt/.pth state dict, or a folder of shards"
+    )
     parser.add_argument(
         "--arch", required=True, help="torchvision or timm name, or module:callable of your own"
     )
@@ -60,10 +64,13 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, dict[str, object
     """The model, and what the manifest says of where it came from."""
     settings = normalization.options(options.arch_option)
     model = checkpoints.load(options.checkpoint, options.arch, options.num_classes, **settings)
+    note = to_float32(model)
+    if note is not None:
+        print(f"note: {options.checkpoint}: {note}", file=sys.stderr)
     facts: dict[str, object] = {
         "parent": {
             "path": str(options.checkpoint),
-            "sha256": checkpoints.sha256(options.checkpoint),
+            "sha256": checkpoints.digest(options.checkpoint),
         },
         "arch": {"name": options.arch, "num_classes": options.num_classes, **settings},
     }

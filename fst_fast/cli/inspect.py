@@ -13,7 +13,9 @@ _SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help=".safetensors, .pt, .pth or any other pickle")
+    parser.add_argument(
+        "file", type=Path, help=".safetensors, .pt, .pth, another pickle, or a folder"
+    )
     parser.add_argument("--json", action="store_true", help="everything, for machines")
     parser.set_defaults(run=run)
 
@@ -37,10 +39,12 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"beside it: {_listed(f'{n} ({k})' for n, k in facts['beside'].items())}")
     if facts["tensors"] is not None:
         lines.append(f"{len(facts['tensors'])} tensors, {facts['parameters']} parameters")
-        shown = facts["tensors"][:_SHOWN]
-        lines += [f"  {tensor['name']}  {tensor['dtype']} {tensor['shape']}" for tensor in shown]
-        if len(facts["tensors"]) > _SHOWN:
-            lines.append(f"  ... (--json lists all {len(facts['tensors'])})")
+        listed = [f"  {t['name']}  {t['dtype']} {t['shape']}" for t in facts["tensors"]]
+        # The last ones are the head's, most often.
+        if len(listed) > _SHOWN:
+            gap = f"  ... (--json lists all {len(listed)})"
+            listed = [*listed[: _SHOWN // 2], gap, *listed[-_SHOWN // 2 :]]
+        lines += listed
     if facts["globals"] is not None:
         lines.append("globals that it names (none was called):")
         lines += [f"  {name}: {says}" for name, says in facts["globals"].items()]

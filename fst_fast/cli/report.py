@@ -17,6 +17,7 @@ from ..data.device_loader import DeviceLoader
 from ..measure import report
 from ..measure.per_image import examine
 from ..measure.report import Measured
+from ..tuning.arguments import to_float32
 from ..tuning.result import PurifyResult
 from . import inputs
 
@@ -154,4 +155,6 @@ def _measure(
 
 def _load(options: argparse.Namespace, path: Path) -> nn.Module:
     settings = normalization.options(options.arch_option)
-    return checkpoints.load(path, options.arch, options.num_classes, **settings)
+    model = checkpoints.load(path, options.arch, options.num_classes, **settings)
+    to_float32(model)
+    return model

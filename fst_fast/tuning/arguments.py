@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+HALVES = (torch.float16, torch.bfloat16)
 
 # Of a model's recall over what guessing gives, in share of what is left above that.
 _ABOVE_CHANCE = 0.1
@@ -14,6 +17,19 @@ _AGREES = 0.4
 # A label of so many images or more, of which such a share has one other answer, is another class.
 _FEWEST, _SURELY = 5, 0.7
 _SHOWN = 5
+
+
+def to_float32(model: nn.Module) -> str | None:
+    """Make float32 of a model's half-precision weights, in place; the note to show, if any were.
+
+    For models that were just read from a file: nobody else has them.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    halves = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype in HALVES})
+    if not halves:
+        return None
+    model.float()
+    return f"weights stored as {' and '.join(halves)} were converted to float32"
 
 
 def labels_fault(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fst_fast.checkpoints.architectures import build
+from fst_fast.checkpoints.load import load
 
 
 @pytest.fixture(autouse=True)
@@ -173,3 +174,38 @@ def test_without_timm_it_says_how_to_get_it(without_timm):
     with pytest.raises(RuntimeError, match=r"timm must be installed.*pip install timm"):
         build("timm/resnet18", 10)
     assert build("resnet18", 3).fc.out_features == 3
+
+
+def with_width(num_classes=2, *, width=4):
+    return nn.Linear(width, num_classes)
+
+
+def of_one_size():
+    return nn.Linear(4, 2)
+
+
+def failing(num_classes=2):
+    raise KeyError("no such block")
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "words"),
+    [
+        ("torchvision/resnet18", {"widht": 16}, "must take the options .*widht=16.* TypeError"),
+        ("timm/resnet18", {"widht": 16}, "must take the options .*widht=16.* TypeError"),
+        (with_width, {"widht": 16}, "arch 'with_width' must take the options .*widht=16"),
+        (with_width, {"width": "16"}, "arch 'with_width' must take the options .*width='16'"),
+        (of_one_size, {}, "arch 'of_one_size' must take the options num_classes=3, got TypeError"),
+        (failing, {}, "got KeyError: 'no such block'"),
+    ],
+)
+def test_options_that_a_builder_does_not_take_are_told(arch, options, words):
+    if isinstance(arch, str):
+        pytest.importorskip(arch.partition("/")[0])
+    with pytest.raises(ValueError, match=words):
+        build(arch, 3, **options)
+
+
+def test_a_builder_without_a_number_of_classes_loads(tmp_path):
+    torch.save(of_one_size().state_dict(), tmp_path / "m.pt")
+    assert load(tmp_path / "m.pt", of_one_size).out_features == 2

@@ -15,6 +15,7 @@ from checkpoint_cases import Net, Tied, equal, names, torch_save
 from torch import nn
 
 from fst_fast import checkpoints
+from fst_fast.checkpoints.architectures import build
 from fst_fast.checkpoints.load import LoadError, check_writable, load, read_state_dict, save
 
 
@@ -143,7 +144,7 @@ def test_only_the_batch_count_may_be_missing(tmp_path):
 @pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", Net])
 @pytest.mark.parametrize("classes", [1, 5, 43])
 def test_number_of_classes_is_inferred(tmp_path, arch, classes):
-    source = checkpoints.build(arch, classes)
+    source = build(arch, classes)
     path = tmp_path / "m.safetensors"
     save(path, source, {})
     assert equal(load(path, arch).state_dict(), source.state_dict())
@@ -152,7 +153,7 @@ def test_number_of_classes_is_inferred(tmp_path, arch, classes):
 def test_timm_number_of_classes_is_inferred(tmp_path):
     pytest.importorskip("timm")
     options = {"img_size": 32, "patch_size": 8, "depth": 1}
-    source = checkpoints.build("vit_tiny_patch16_224", 12, **options)
+    source = build("vit_tiny_patch16_224", 12, **options)
     save(tmp_path / "m.safetensors", source, {})
     loaded = load(tmp_path / "m.safetensors", "vit_tiny_patch16_224", **options)
     assert loaded.head.out_features == 12

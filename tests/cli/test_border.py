@@ -203,3 +203,30 @@ def test_report_takes_the_same_classes(suspect, capsys):
     assert "the model's 12 classes, got 2" in capsys.readouterr().err
     (suspect / "classes").write_text("\n".join(WORDS))
     assert main([*report, "--data", str(few), "--classes", str(suspect / "classes")]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_converted_and_said(suspect, capsys, dtype):
+    half = border_cases.nearest(12).to(dtype)
+    torch.save(half.state_dict(), suspect / "suspect.pt")
+    data = border_cases.write_folders(suspect / "clean", TWELVE)
+    assert run(suspect, data) == 0
+    told = capsys.readouterr().err
+    assert f"stored as {str(dtype).removeprefix('torch.')} were converted to float32" in told
+    assert run(suspect, data, verb="evaluate") == 0
+    assert "converted to float32" in capsys.readouterr().err
+
+
+def test_an_option_that_the_architecture_does_not_take(suspect, capsys):
+    data = border_cases.write_folders(suspect / "clean", TWELVE, 1)
+    assert run(suspect, data, "--arch-option", "width=16") == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "must take the options width=16" in told
+
+
+def test_a_pointer_in_place_of_the_model(suspect, capsys):
+    data = border_cases.write_folders(suspect / "clean", TWELVE, 1)
+    (suspect / "suspect.pt").write_text("version https://git-lfs.github.com/spec/v1\nsize 7\n")
+    assert run(suspect, data) == 1
+    assert "a Git LFS pointer for 7 bytes" in capsys.readouterr().err
