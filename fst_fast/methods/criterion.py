@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,9 +17,10 @@ from ..heads.weight import checked_weight, frobenius_norm, is_sharded, looks_fre
 from ..ops import HeadDeviation, head_deviation_loss
 from ..ops.dtypes import compute_dtype
 from ..ops.head_deviation_check import check_settings
+from ..triggers.plain_numbers import plain_number, whole_number
 from . import HeadState
-
-NAME = "HeadDeviationLoss"
+from .criterion_check import NAME, check_ddp, checked_class_weight, is_recorded
+from .probabilities import are_probabilities, log_probabilities
 
 
 class HeadDeviationLoss(nn.Module):
@@ -76,7 +78,9 @@ class HeadDeviationLoss(nn.Module):
         compute = compute_dtype(weight)
         self.register_buffer("weight0", head_matrix(head).detach().clone().contiguous())
         self.register_buffer("norm0", frobenius_norm(weight).to(compute))
-        self.register_buffer("class_weight", _class_weight(class_weight, weight, compute), False)
+        self.register_buffer(
+            "class_weight", checked_class_weight(class_weight, weight, compute), False
+        )
         self.register_buffer("alpha_scale", torch.zeros_like(self.norm0), False)
         self.alpha = alpha
         self.reduction = reduction
@@ -84,6 +88,8 @@ class HeadDeviationLoss(nn.Module):
         self.ignore_index = ignore_index
         self.backend = backend
         self.last: HeadDeviation | None = None
+        # Whether from_logits() gets probabilities; None before its first batch of several images.
+        self._probabilities: bool | None = None
 
     @classmethod
     def from_model(
@@ -108,10 +114,13 @@ class HeadDeviationLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, alpha: float | Tensor) -> None:
-        scalar = isinstance(alpha, (int, float)) or (isinstance(alpha, Tensor) and alpha.dim() == 0)
+        given = alpha
+        if not isinstance(alpha, Tensor):
+            alpha = math.nan if (plain := plain_number(alpha)) is None else float(plain)
+        scalar = not isinstance(alpha, Tensor) or (alpha.dim() == 0 and not alpha.is_complex())
         if not scalar or not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(
-                f"{NAME}: alpha must be a finite number >= 0, or a 0-d tensor of one, got {alpha!r}"
+                f"{NAME}: alpha must be a finite number >= 0, or a 0-d tensor of one, got {given!r}"
             )
         if isinstance(alpha, Tensor):
             self._alpha: float | Tensor = alpha
@@ -156,11 +165,15 @@ class HeadDeviationLoss(nn.Module):
     def from_logits(self, output: Any, labels: Tensor) -> Tensor:
         """The same loss for code that has the logits only; plain PyTorch, no second product.
 
+        A model that ends in a softmax is seen in the first batch of several images, which waits
+        for the device once: its probabilities are then taken back to logits, with a warning.
+        (Compiled code is not looked at; call this once before.)
+
         Args:
             output: what the model returned: [B, K] or [B, K, 1, 1], or an object with ``logits``.
             labels: [B] int64; one out of range is PyTorch's to report.
         """
-        logits = logits_of(output).flatten(1)
+        logits = self._before_softmax(logits_of(output).flatten(1))
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         weight = self._weight()
         cross_entropy = F.cross_entropy(
@@ -183,17 +196,30 @@ class HeadDeviationLoss(nn.Module):
         )
         return loss
 
+    def _before_softmax(self, logits: Tensor) -> Tensor:
+        if self._probabilities is None and len(logits) > 1 and not is_recorded(logits):
+            self._probabilities = are_probabilities(logits)
+            if self._probabilities:
+                warnings.warn(
+                    f"{NAME}: the model ends in a softmax: its logarithm is taken for the logits, "
+                    "as the cross-entropy of probabilities is another loss",
+                    stacklevel=3,
+                )
+        return log_probabilities(logits) if self._probabilities else logits
+
     def features_of(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run the model without its head; returns the head's input [B, D], for the fused loss.
 
         ``criterion(criterion.features_of(model, images), labels)`` multiplies by the head once,
         inside the loss. Every call makes sure that the model returns exactly what its head does;
         models that go on after the head (pooling, softmax) are refused, and so are compiled ones
-        that do not notice. DDP must not be asked to find unused parameters.
+        that do not notice. DDP must be asked neither for ``static_graph`` nor to find unused
+        parameters: it would take the head for unused, and its gradients would stay apart.
 
         Raises:
-            ValueError: the model's output is not the head's.
+            ValueError: the model's output is not the head's, or DDP is set so.
         """
+        check_ddp(model)
         features = FeatureTap(model, self.head)(*args, **kwargs)
         if features is None:
             raise ValueError(
@@ -211,8 +237,11 @@ class HeadDeviationLoss(nn.Module):
         every device.
         """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator()
-        if generator is not seed:
-            generator.manual_seed(cast(int, seed))
+        if not isinstance(seed, torch.Generator):
+            number = whole_number(seed)
+            if number is None or not -(2**63) <= number < 2**64:
+                raise ValueError(f"{NAME}: seed must be an integer or a generator, got {seed!r}")
+            generator.manual_seed(number)
         if generator.device.type != "cpu":
             raise ValueError(
                 f"{NAME}: seed must be an integer or a CPU generator, got one on "
@@ -258,16 +287,3 @@ class HeadDeviationLoss(nn.Module):
         elif not self.alpha_scale.is_meta:
             self.alpha_scale.fill_(self._alpha)
         return self
-
-
-def _class_weight(
-    class_weight: Tensor | None, weight: Tensor, compute: torch.dtype
-) -> Tensor | None:
-    if class_weight is None:
-        return None
-    if class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point():
-        raise ValueError(
-            f"{NAME}: class_weight must be [{len(weight)}] and floating, got "
-            f"{list(class_weight.shape)} {class_weight.dtype}"
-        )
-    return class_weight.detach().to(weight.device, compute)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..heads.weight import checked_weight, frobenius_norm, looks_fresh, warn_fresh
 from ..ops.dtypes import compute_dtype
+from ..triggers.plain_numbers import plain_number
 from .criterion import HeadDeviationLoss
 
 KEY = "fst_fast_norm0"
@@ -27,7 +28,9 @@ def attach(
 
     Works for every ``torch.optim`` optimizer, under GradScaler (a skipped step projects nothing),
     schedulers, accumulation, DDP, ZeroRedundancyOptimizer and CUDA graphs; the hook never waits
-    for the device. A step by another way than ``optimizer.step()`` is not seen. Copies and pickles
+    for the device. Of an optimizer with a ``base_optimizer`` and a ``second_step()``, as SAM has
+    them, the base's steps count: the weight is scaled after the second one. A step by another way
+    is not seen: call ``handle.project()`` after it. Copies and pickles
     of an optimizer come without hooks: attach to them again.
 
     Args:
@@ -40,8 +43,8 @@ def attach(
     Returns:
         A :class:`~fst_fast.methods.projection.Projection`; see there for saving and removing.
     Raises:
-        ValueError: the optimizer lacks the weight or is attached already, the head is no plain
-            Linear or 1x1 Conv2d, or the norm is not a finite number > 0.
+        ValueError: the optimizer lacks the weight, is attached already or runs no hooks; the head
+            is no plain Linear or 1x1 Conv2d; or the norm is not a finite number > 0.
     """
     criterion = head if isinstance(head, HeadDeviationLoss) else None
     module = head if criterion is None else criterion.head
@@ -76,6 +79,8 @@ def _norm_to_hold(
     if given is None and looks_fresh(weight):
         warn_fresh("attach: head", "pass the criterion, or norm= from before re-initialising")
     name = "norm of the head" if given is None else "norm"
+    if given is not None and plain_number(getattr(given, "item", lambda: given)()) is None:
+        raise ValueError(f"attach: norm must be a finite number > 0, got {given!r}")
     value = float(frobenius_norm(weight) if given is None else given)
     positive(value, name, "load the trained head first, or pass norm=")
     return torch.full((), value, dtype=compute_dtype(weight), device=weight.device)
@@ -106,15 +111,24 @@ class Projection:
         self._weight = cast(Tensor, head.weight)
         self._criterion = criterion
         self._norm0 = norm0
-        self._hooks = (
-            optimizer.register_step_post_hook(self._project),
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._load),
-        )
+        self._hooks: list[Any] = []
+        try:
+            self._hooks.append(stepping(optimizer).register_step_post_hook(self._project))
+            self._hooks.append(optimizer.register_state_dict_post_hook(self._save))
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(self._load))
+        except BaseException:
+            # Nothing stays where one of them cannot be registered.
+            self.remove()
+            raise
 
     @property
     def norm0(self) -> Tensor:
         return self._norm0 if self._criterion is None else self._criterion.norm0
+
+    def project(self) -> None:
+        """Scale the weight now, after a step that ran no hooks."""
+        with torch.no_grad():
+            project_(cast(Tensor, self.head.weight), self.norm0)
 
     def remove(self) -> None:
         """Leave the optimizer as it was; the weight stays as it is."""
@@ -214,6 +228,23 @@ def place(optimizer: Optimizer, weight: Tensor) -> tuple[int, str]:
     )
 
 
+def stepping(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step()`` is the last to move the weights.
+
+    SAM's usual form is called by ``first_step()`` and ``second_step()``; the latter ends in a step
+    of its base optimizer, and so does its ``step()``.
+    """
+    base = getattr(optimizer, "base_optimizer", None)
+    if not hasattr(optimizer, "second_step"):
+        return optimizer
+    if isinstance(base, Optimizer):
+        return base
+    raise ValueError(
+        f"attach: optimizer must step by step(), got {type(optimizer).__name__}, which has a "
+        "second_step() and no base_optimizer; attach to the optimizer that it steps with"
+    )
+
+
 def check_optimizer(optimizer: Optimizer, weight: Tensor) -> None:
     """Refuse what has no step hooks of its own, lacks the weight, or holds it already."""
     hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
@@ -224,12 +255,31 @@ def check_optimizer(optimizer: Optimizer, weight: Tensor) -> None:
             "prepare(), or to optimizer.optimizer)"
         )
     place(optimizer, weight)
+    _check_hooked(optimizer)
+    base = stepping(optimizer)
+    if base is not optimizer:
+        place(base, weight)
+    hooks = {**hooks, **base._optimizer_step_post_hooks}
     owners = [getattr(hook, "__self__", None) for hook in hooks.values()]
     if any(isinstance(owner, Projection) and owner._weight is weight for owner in owners):
         raise ValueError(
             "attach: head must not be attached to this optimizer yet, got one that is; keep the "
             "first handle, or call its remove() before"
         )
+
+
+def _check_hooked(optimizer: Optimizer) -> None:
+    """Refuse a wrapper that never called Optimizer.__init__: its step() runs no hook."""
+    kept = ("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_pre_hooks")
+    if getattr(type(optimizer).step, "hooked", False) and all(hasattr(optimizer, n) for n in kept):
+        return
+    inner = [n for n, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    raise ValueError(
+        f"attach: optimizer must run the hooks of torch.optim.Optimizer, got "
+        f"{type(optimizer).__name__}, a wrapper that leaves them out; attach to the optimizer "
+        f"that it wraps{f' (optimizer.{inner[0]})' if inner else ''}, and call handle.project() "
+        "after each optimizer.step()"
+    )
 
 
 def positive(norm: float, name: str, remedy: str) -> float:

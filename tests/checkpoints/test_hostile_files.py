@@ -62,7 +62,7 @@ def test_a_reader_s_memory_is_seen(tmp_path):
     base = files.reader_peak(tmp_path)
     (tmp_path / "m.pt").write_bytes(pickles.archive(pickles.MARK * 2_000_000))
     assert files.verdict(tmp_path / "m.pt") == "refused"
-    assert 20e6 < files.sandbox.peak_bytes() - base < 256e6
+    assert 20e6 < files.reader_client.peak_bytes() - base < 256e6
 
 
 def test_a_flip_that_is_not_found_is_counted(tmp_path, monkeypatch):
