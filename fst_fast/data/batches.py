@@ -1,80 +1,196 @@
-"""What users pass in, checked once and in words: loaders, batches, devices, precisions."""
+"""What users pass in as batches: adapted to one form, and checked in words."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Loader = Iterable[Any] | Callable[[], Iterable[Any]]
+from .adapters import Adapter, Loader, adapt, pair, single
+from .compute import (
+    AUTOCAST,
+    PRECISIONS,
+    autocast,
+    dtype_of,
+    existing_device,
+    memory_layout,
+    native_bf16,
+    resolve_device,
+    resolve_precision,
+    safe_layout,
+)
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = [
+    "AUTOCAST",
+    "PRECISIONS",
+    "Batches",
+    "Loader",
+    "autocast",
+    "check_batch",
+    "dtype_of",
+    "existing_device",
+    "memory_layout",
+    "native_bf16",
+    "resolve_device",
+    "resolve_precision",
+    "safe_layout",
+]
+
+# After so many batches of a loader that tells no length, the first epoch may have no end.
+NO_END = 10_000
 
 
 class Batches:
     """Any iterable of (images, labels), or a function that makes one, as checked epochs.
 
     Args:
-        loader: a DataLoader, a list of batches, a function that returns a fresh iterator, or
-            (for one epoch) an iterator.
+        loader: what a kind of :mod:`fst_fast.data.adapters` takes: a DataLoader, a list of batches,
+            a function that returns a fresh iterator, or (for one epoch) an iterator. Batches may
+            be mappings, such as of ``pixel_values`` and ``labels``.
         epochs: how often it will be iterated.
         where: the function and argument to name in errors, such as "purify: loader".
         at_once: the next epoch goes on behind the first batch, so that a DataLoader's workers
             start once; random draws are then those of now, not of the epoch.
+        steps: batches of an epoch; the rest are for the next one where the loader is a one-shot
+            iterator, and left out where it is not. None takes all.
+    Attributes:
+        adapter: what kind of loader it is.
+        first: the first batch.
     Raises:
         ValueError: empty, not iterable, or a one-shot iterator for more than one epoch.
     """
 
-    def __init__(self, loader: Loader, epochs: int, where: str, *, at_once: bool = False) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        epochs: int,
+        where: str,
+        *,
+        at_once: bool = False,
+        steps: int | None = None,
+    ) -> None:
         self.loader = loader
         self.where = where
-        self._seek(0)
-        source = self._source()
+        self.note: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3)
+        self.adapter: Adapter = adapt(loader, where)
+        self._steps = steps
+        self._joins = self._told = False
+        self.adapter.seek(0)
+        source = self.adapter.open()
         iterator = iter(source)
         # An iterator is its own iter(); a DataLoader, even with persistent workers, is not.
         self._peeked = source if iterator is source else None
-        if epochs > 1 and self._peeked is not None and self._source() is source:
+        again = self._peeked is not None and (epochs > 1 or steps is not None)
+        one_shot = again and self.adapter.open() is source
+        if one_shot and steps is None:
             raise ValueError(
                 f"{where} must be iterable once per epoch ({epochs} times), got a one-shot "
                 f"{type(loader).__name__}; pass a DataLoader, a list of batches, or a function "
                 "that returns a fresh iterator"
             )
         try:
-            self.first = next(iterator)
+            self.first = pair(next(iterator), where)
         except StopIteration:
             raise ValueError(
                 f"{where} must yield at least one batch, got none; check the dataset's length, "
                 "batch_size and drop_last"
             ) from None
         self._opened = iterator if at_once else None
+        self._goes_on = iterator if one_shot and steps is not None else None
 
-    def _seek(self, epoch: int) -> None:
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
+    def join_singles(self) -> None:
+        """From now on, a batch of one image is joined to the one before it; said once, by ``note``.
 
-    def _source(self) -> Iterable[Any]:
-        source = self.loader() if callable(self.loader) else self.loader
-        if not isinstance(source, Iterable):
+        For models that cannot be trained on one image alone, as batch norm may not.
+
+        Raises:
+            ValueError: the first batch has one image.
+        """
+        if single(self.first):
             raise ValueError(
-                f"{self.where} must be an iterable of (images, labels) batches, got "
-                f"{type(source).__name__}; wrap a dataset in torch.utils.data.DataLoader"
+                f"{self.where} must yield batches of two images or more, as the model's batch norm "
+                "cannot be trained on one, got one of a single image; use a larger batch_size"
             )
-        return source
+        self._joins = True
+
+    def sizes(self) -> list[int] | None:
+        """Images in each batch of an epoch, where the loader tells; singles joined if asked for."""
+        sizes = self.adapter.sizes()
+        if sizes is None or not self._joins:
+            return sizes
+        joined: list[int] = []
+        for size in sizes:
+            if size == 1 and joined:
+                joined[-1] += 1
+                self._tell_joined()
+            else:
+                joined.append(size)
+        return joined
+
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether random draws are made for batches that were not yet handed out."""
+        return self.adapter.draws_ahead or (self._joins and self.adapter.sizes() is None)
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """The batches of one epoch (0-based), as the loader yields them."""
+        """The batches of one epoch (0-based), as (images, labels)."""
+        found: Iterator[Any] = (pair(batch, self.where) for batch in self._all(epoch))
+        if self._steps is not None:
+            found = itertools.islice(found, self._steps)
+        elif epoch == 0 and self.adapter.length() is None:
+            found = self._counted(found)
+        if self._joins:
+            sizes = self.adapter.sizes()
+            if sizes is None or 1 in sizes:
+                return self._joined(found)
+        return found
+
+    def _all(self, epoch: int) -> Iterator[Any]:
         if self._opened is not None:
             opened, self._opened = self._opened, None
             return itertools.chain([self.first], opened)
-        self._seek(epoch)
-        source = self._source()
+        if self._goes_on is not None:
+            first = [self.first] if epoch == 0 else []
+            return itertools.chain(first, self._goes_on)
+        self.adapter.seek(epoch)
+        source = self.adapter.open()
         # A one-shot iterator has already given its first batch away.
         return itertools.chain([self.first], source) if source is self._peeked else iter(source)
+
+    def _joined(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Each batch waits for the next one, which may be a single image."""
+        held: Any = None
+        for batch in batches:
+            if held is not None and single(batch):
+                held = (torch.cat([held[0], batch[0]]), torch.cat([held[1], batch[1]]))
+                self._tell_joined()
+                continue
+            if held is not None:
+                yield held
+            held = batch
+        if held is not None:
+            yield held
+
+    def _tell_joined(self) -> None:
+        if not self._told:
+            self._told = True
+            self.note(
+                f"{self.where}: a batch of one image is joined to the one before it, as the "
+                "model's batch norm cannot be trained on one"
+            )
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for count, batch in enumerate(batches, 1):
+            if count == NO_END:
+                self.note(
+                    f"{self.where}: {NO_END} batches of the first epoch, and no end is in sight; "
+                    "where the loader has none, give steps_per_epoch"
+                )
+            yield batch
 
 
 def check_batch(
@@ -93,11 +209,12 @@ def check_batch(
         num_classes: labels must lie in 0..num_classes-1; None leaves that to the caller.
         values: also look for NaN and Inf in images on the CPU.
     """
+    batch = pair(batch, where)
     if not isinstance(batch, tuple | list) or len(batch) < 2:
-        fix = "yield the labels as well: purification and evaluation need them"
-        if isinstance(batch, Mapping):
-            fix = "adapt it: lambda: ((b['pixel_values'], b['labels']) for b in loader)"
-        raise ValueError(f"{where} must yield (images, labels), got {_describe(batch)}; {fix}")
+        raise ValueError(
+            f"{where} must yield (images, labels), got {_describe(batch)}; yield the labels as "
+            "well: purification and evaluation need them"
+        )
     images, labels = batch[0], batch[1]
     _check_images(images, where, device, values)
     _check_labels(labels, where, len(images))
@@ -176,106 +293,3 @@ def _describe(value: Any) -> str:
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index or 0) == (other.index or 0)
-
-
-def resolve_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
-    """The device to work on: as given; else the model's GPU; else any GPU; else the CPU.
-
-    Raises:
-        ValueError: an unknown device, or one that is not there.
-    """
-    if device is None:
-        own = next((p.device for p in model.parameters()), torch.device("cpu"))
-        use_gpu = own.type == "cpu" and torch.cuda.is_available()
-        return torch.device("cuda") if use_gpu else own
-    return existing_device(device)
-
-
-def existing_device(device: torch.device | str) -> torch.device:
-    """The device of this name, where this machine has it.
-
-    Raises:
-        ValueError: an unknown device, or one that is not there.
-    """
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # PyTorch's may fill a screen
-        raise ValueError(
-            f"device must be one that this machine has, got {device!r}: {reason}; "
-            'use device="cpu" or leave it out'
-        ) from None
-    return resolved
-
-
-def resolve_precision(
-    precision: str, device: torch.device, dtype: torch.dtype = torch.float32
-) -> str:
-    """ "fp32", "bf16" or "fp16"; "auto" is the fastest that the device has instructions for.
-
-    A model whose weights are not float32 keeps to its own dtype, which is called "fp32" here.
-
-    Raises:
-        ValueError: an unknown precision.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
-    if precision != "auto":
-        return precision
-    if dtype != torch.float32:
-        return "fp32"
-    if device.type != "cuda":
-        return "bf16" if native_bf16() else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the model's weights; float32 where it has none."""
-    return next((p.dtype for p in model.parameters()), torch.float32)
-
-
-def native_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX)."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast for a resolved precision; for "fp32" the model's own dtype is used."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, AUTOCAST[precision])
-
-
-def memory_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """channels_last where the model takes it; contiguous where it does not, or may crash.
-
-    Convolutions are faster in channels-last, but ``x.view(len(x), -1)`` after them is refused by
-    PyTorch, so two images are tried. The model should be in eval mode.
-    """
-    if safe_layout(model, images.device) == torch.contiguous_format:
-        return torch.contiguous_format
-    with torch.no_grad():
-        try:
-            model(images[:2].contiguous(memory_format=torch.channels_last))
-        except Exception:
-            # Whatever it was, the first real batch meets it again, with nothing hidden.
-            return torch.contiguous_format
-    return torch.channels_last
-
-
-def safe_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, but for models whose backward pass may then crash the process.
-
-    On CPUs without AVX-512, oneDNN 3.12 writes past its memory in a channels-last 1x1 convolution
-    with a stride and fewer than 8 input channels.
-    """
-    crashes = device.type == "cpu" and any(
-        isinstance(m, nn.Conv2d)
-        and m.kernel_size == (1, 1)
-        and m.stride != (1, 1)
-        and m.in_channels // m.groups < 8
-        for m in model.modules()
-    )
-    return torch.contiguous_format if crashes else torch.channels_last

@@ -21,7 +21,7 @@ from . import streaming as uploads
 from .arguments import seed as checked_seed
 from .arguments import whole
 from .augment import Augment, draw, resolve
-from .batches import existing_device
+from .compute import existing_device
 from .device_loader_check import as_tensor, byte_table, check_set
 from .prefetch import HostLoader
 

@@ -153,8 +153,8 @@ def test_large_and_cancelling_finite_values_are_no_nan():
 IMAGES_4, LABELS_4 = good()
 BAD = {
     "dict": (
-        {"pixel_values": IMAGES_4, "labels": LABELS_4},
-        r"yield \(images, labels\), got dict; adapt it: .*pixel_values",
+        {"pictures": IMAGES_4, "labels": LABELS_4},
+        r"yield \(images, labels\), got a dict of pictures, labels; adapt it: .*pixel_values",
     ),
     "tensor": (IMAGES_4, r"yield \(images, labels\), got torch.float32 \[4, 3, 5, 5\]; .*labels"),
     "one-tuple": ((IMAGES_4,), r"got tuple of 1; .*labels"),

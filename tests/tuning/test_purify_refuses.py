@@ -69,7 +69,7 @@ def test_unavailable_backend_lists_what_exists():
         (bad_batch(lambda x, y: (x, y[:5])), r"class indices \[8\], one per image, got"),
         (bad_batch(lambda x, y: (x[:, :1], y)), r"model must take the loader's images \[8, 1"),
         (bad_batch(lambda x, y: (x.byte(), y)), "images as a float tensor"),
-        (bad_batch(lambda x, y: {"x": x, "y": y}), "must yield \\(images, labels\\), got dict"),
+        (bad_batch(lambda x, y: {"a": x, "y": y}), "got a dict of a, y; adapt it"),
         (
             bad_batch(lambda x, y: (with_value(x, float("nan")), y)),
             r"finite images, got nan .* \[1, 2, 3, 4\]",
