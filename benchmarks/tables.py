@@ -166,12 +166,16 @@ def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
 
 
 def newest_cases(device, suite):
-    """The records of a suite, newest first, each with those cases that no newer one has."""
+    """The records of a suite, newest first, each with those cases that no newer one has.
+
+    A GPU is shown beside another model of GPU; a CPU gives way to the newest one measured.
+    """
     records = [json.loads(p.read_text()) for p in RESULTS.glob(f"{device}/*-{suite}.json")]
     seen = set()
     for record in sorted(records, key=lambda record: record["time"], reverse=True):
-        cases = [case for case in record["cases"] if case_key(case) not in seen]
-        seen.update(map(case_key, cases))
+        own = record["device"]["name"] if device == "cuda" else None
+        cases = [case for case in record["cases"] if (own, case_key(case)) not in seen]
+        seen.update((own, case_key(case)) for case in cases)
         yield {**record, "cases": cases}
 
 
