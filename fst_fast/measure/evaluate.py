@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..data.batches import (
+    AUTOCAST,
     Batches,
     Loader,
     autocast,
@@ -20,10 +21,10 @@ from ..data.batches import (
 )
 from ..data.device_loader import DeviceLoader
 from ..heads.contexts import evaluating
-from ..heads.find import logits_of
+from ..heads.output import logits_of
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization, pixel_range
-from .fold_batchnorm import folded
+from .fold_batchnorm import cast_once, folded
 from .triggered_batches import show
 
 # Told the trigger's name (None: the images as they are), labels [B] and predicted classes [B].
@@ -99,7 +100,7 @@ def evaluate(
 
     Counts stay on the device until the end. The model runs in eval mode, batch norm folded into its
     convolutions where it can be (:func:`~fst_fast.measure.fold_batchnorm.folded`), and is left as
-    it was.
+    it was. On a GPU small batches are joined into large ones.
 
     Args:
         model: any image classifier.
@@ -184,6 +185,8 @@ class _Pass:
         self.runs = model
         self.classes = 0
         self.images = 0
+        # How many images the model is known to take; fewer once the memory has not sufficed.
+        self.at_once = 2**31
         # [correct, of other classes than the target]
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         # Of each trigger [attacked, robust].
@@ -212,9 +215,11 @@ class _Pass:
 
     def _start(self, images: Tensor) -> None:
         """Look at the first batch: the layout, and whether it can be turned into pixels."""
-        self.layout = memory_layout(self.model, images.to(self.dtype))
-        few = images[:2].to(self.dtype).contiguous(memory_format=self.layout)
-        self.runs = folded(self.model, few)
+        few = images[:2].to(self.dtype)
+        self.layout = memory_layout(self.model, few)
+        self.runs = folded(self.model, few.contiguous(memory_format=self.layout))
+        if isinstance(self.runs, fx.GraphModule) and self.runs is not self.model:
+            cast_once(self.runs, AUTOCAST.get(self.precision, torch.float32), self.layout)
         if self.triggers:
             low, high = (v.item() for v in pixel_range(images, self.normalize))
             if low < -0.01 or high > 1.01:
@@ -225,7 +230,21 @@ class _Pass:
                 )
 
     def _classify(self, images: Tensor) -> Tensor:
-        """The predicted class of each image, [B] int64."""
+        """The predicted class of each image, [B] int64; in parts where all at once take too much.
+
+        Batches are made large for the device's sake, not for the loader's: :func:`show`.
+        """
+        while True:
+            try:
+                parts = [self._predicted(part) for part in images.split(self.at_once)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError:
+                rows = min(self.at_once, len(images))
+                if rows == 1:
+                    raise
+                self.at_once = rows // 2
+
+    def _predicted(self, images: Tensor) -> Tensor:
         assert self.layout is not None
         with autocast(self.device, self.precision):
             output = self.runs(images.to(self.dtype).contiguous(memory_format=self.layout))

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from ..heads.copies import is_compiled, unwrap
+from ..heads.copies import deep_copy, is_compiled, unwrap
 from ..heads.output import logits_of
 
+
+def _folded_into(
+    join: Callable[..., tuple[nn.Parameter, nn.Parameter]], layer: Any, norm: Any
+) -> nn.Module:
+    """The layer with a batch norm's share in its weight and bias."""
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    weight, bias = join(layer.weight, layer.bias, *statistics)
+    return with_parameters(layer, {"weight": weight, "bias": bias})
+
+
 _FOLDS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv1d: fuse_conv_bn_eval,
-    nn.Conv2d: fuse_conv_bn_eval,
-    nn.Conv3d: fuse_conv_bn_eval,
-    nn.Linear: fuse_linear_bn_eval,
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d), functools.partial(_folded_into, fuse_conv_bn_weights)
+    ),
+    nn.Linear: functools.partial(_folded_into, fuse_linear_bn_weights),
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Folding rounds once more, and that grows with depth.
@@ -39,9 +51,11 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
     if not any(isinstance(m, _BatchNorm) for m in model.modules()) or not _is_readable(model):
         return model
     try:
-        out = fx.symbolic_trace(_sharing_copy(model))
-        if not _fold(out):
+        root = _sharing_copy(model)
+        graph = fx.Tracer().trace(root)
+        if not _fold(root, graph):
             return model
+        out = fx.GraphModule(root, graph)
         with torch.no_grad():
             found, wanted = (logits_of(m(images)) for m in (out, model))
         apart = (found - wanted).abs().max()
@@ -63,15 +77,15 @@ def _is_readable(model: nn.Module) -> bool:
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy for the tracer, which a model may write its proxies into; the tensors are shared."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return deep_copy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _fold(traced: fx.GraphModule) -> int:
+def _fold(root: nn.Module, graph: fx.Graph) -> int:
     """Fold what can be folded, in place; returns how many layers that were."""
     count = 0
-    modules = dict(traced.named_modules())
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    for node in list(traced.graph.nodes):
+    modules = dict(root.named_modules())
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in list(graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) not in _NORMS:
             continue
         norm, before = modules[node.target], node.args[0]
@@ -81,9 +95,40 @@ def _fold(traced: fx.GraphModule) -> int:
         alone = len(before.users) == 1 and calls.count(before.target) == 1
         if fold is None or not alone or norm.running_mean is None:
             continue
-        traced.set_submodule(str(before.target), fold(modules[before.target], norm))
+        root.set_submodule(str(before.target), fold(modules[before.target], norm))
         node.replace_all_uses_with(before)
-        traced.graph.erase_node(node)
+        graph.erase_node(node)
         count += 1
-    traced.recompile()
     return count
+
+
+def cast_once(model: fx.GraphModule, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Give a folded model's products the weights that autocast would make of theirs at every call.
+
+    The logits keep their bits: autocast leaves alone what has its dtype already. Only the folded
+    model changes; layers whose weights the graph reads in another place stay as they are.
+
+    Args:
+        dtype: that autocast computes in; float32 where it is off.
+        layout: of the images, which the convolutions' weights take on.
+    """
+    nodes = list(model.graph.nodes)
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    for target in {str(node.target) for node in nodes if node.op == "call_module"} - read:
+        layer = model.get_submodule(target)
+        if type(layer) not in _FOLDS or layer.weight.dtype != torch.float32:
+            continue
+        own = {name: p.detach() for name, p in layer._parameters.items() if p is not None}
+        cast = {
+            name: p.to(dtype, memory_format=layout if p.ndim == 4 else torch.preserve_format)
+            for name, p in own.items()
+        }
+        parameters = {name: nn.Parameter(p, requires_grad=False) for name, p in cast.items()}
+        model.set_submodule(target, with_parameters(layer, parameters))
+
+
+def with_parameters(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """The same layer, with other parameters, beside the first."""
+    out = copy.copy(layer)
+    out._parameters = {**layer._parameters, **parameters}
+    return out

@@ -335,6 +335,32 @@ def test_a_loader_is_opened_once():
     assert len(opened) == 1
 
 
+class Small(Coded):
+    """Has memory for so many images at once."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        if len(x) > self.rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x)
+
+
+def test_batches_that_the_memory_does_not_hold_are_split():
+    model = Small(6)
+    got = evaluate(model, loader_of(57, None), BadNets(), TARGET, device="cpu")
+    assert got == expected_metrics()
+    # Two images look for the layout. Then 57, 28, 14 and 7 are too many, once.
+    assert [len(x) for x in model.seen] == [2, *2 * [*[3] * 19]]
+
+
+def test_an_image_that_the_memory_does_not_hold_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(Small(0), loader_of(4, None), device="cpu")
+
+
 # Several triggers
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fst_fast.lab.models import resnet18
-from fst_fast.measure.fold_batchnorm import folded
+from fst_fast.measure.fold_batchnorm import cast_once, folded
 
 IMAGES = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -145,3 +145,49 @@ def test_not_a_number_is_a_difference():
     with torch.no_grad():
         model.head.bias.fill_(float("nan"))
     assert folded(model, IMAGES) is model
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_cast_once_give_the_same_bits(dtype, layout):
+    model = used(resnet18(10, 8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = IMAGES.contiguous(memory_format=layout)
+    plain, cast = folded(model, images), folded(model, images)
+    cast_once(cast, dtype, layout)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(cast(images), plain(images))
+    kinds = {p.dtype for p in cast.parameters() if p.ndim > 1}
+    assert kinds == {dtype}
+    assert all(p.is_contiguous(memory_format=layout) for p in cast.parameters() if p.ndim == 4)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.dtype == before[name].dtype
+
+
+class Reading(nn.Module):
+    """Uses the head's weight a second time, where autocast would not cast it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).mean((2, 3))
+        return self.head(x) * self.head.weight.sum()
+
+
+def test_a_weight_that_is_read_elsewhere_is_not_cast():
+    model = used(Reading())
+    out = folded(model, IMAGES)
+    assert out is not model
+    cast_once(out, torch.bfloat16, torch.contiguous_format)
+    assert out.get_parameter("head.weight") is model.head.weight
+    assert out.get_parameter("conv.weight").dtype == torch.bfloat16
+
+
+def test_weights_in_double_are_not_cast():
+    model = used(Sequence()).double()
+    out = folded(model, IMAGES.double())
+    cast_once(out, torch.bfloat16, torch.contiguous_format)
+    assert {p.dtype for p in out.parameters()} == {torch.float64}
