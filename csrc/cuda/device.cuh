@@ -111,4 +111,21 @@ __device__ inline double block_sum(double value, double* parts) {
   return sum;
 }
 
+// Whether all other blocks have called this before, of one launch in which each block does once;
+// the last one sees what they have written. finished: 0 before the launch.
+__device__ inline bool is_last_block(unsigned* finished) {
+  auto* place = reinterpret_cast<unsigned*>(dynamic_shared());
+  // All threads have written, and none reads the shared memory any more.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *place = atomicAdd(finished, 1u);
+  }
+  __syncthreads();
+  const bool last = *place == gridDim.x - 1;
+  __threadfence();
+  __syncthreads();
+  return last;
+}
+
 }  // namespace fst_fast

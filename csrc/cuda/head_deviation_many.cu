@@ -9,7 +9,11 @@
 namespace fst_fast {
 namespace {
 
-constexpr size_t kSumsBytes = kTotalThreads / kWarp * sizeof(double);
+constexpr size_t kTotalsBytes = kTotalThreads / kWarp * sizeof(double);
+
+int blocks_for(int64_t count, int64_t each, int64_t most) {
+  return static_cast<int>(std::clamp<int64_t>((count + each - 1) / each, 1, most));
+}
 
 int64_t rounded_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -63,21 +67,12 @@ class ManyClasses {
   }
 
   void run() {
-    const TotalsArguments<compute_t> arguments{terms_, read<compute_t>(in_.alpha_scale),
-                                               static_cast<compute_t>(in_.alpha), totals_};
-    launch(head_deviation_totals_kernel<compute_t>, 1, kTotalThreads, kSumsBytes, arguments);
-    if (in_.B > 0) run_rows();
-    finish_weight();
-    finish_sums();
-  }
-
- private:
-  void run_rows() {
-    const auto matrix = in_.weight.to(narrow_.dtype());
+    begin();
+    if (in_.B == 0 && in_.wanted[2]) out_.d_bias.zero_();
+    if (in_.B == 0) return finish({}, {}, 0);
     const auto memory = at::empty({chunks_.rows * chunks_.pitch}, compute_);
     const int64_t grad_pitch =
         chunks_.pitch * static_cast<int64_t>(sizeof(compute_t) / sizeof(scalar_t));
-    const auto features = in_.wanted[1] ? masked_features() : at::Tensor();
     if (in_.wanted[1]) {
       // d_weight itself, unless its dtype would round the sum of a chunk.
       products_ = out_.d_weight.scalar_type() == compute_type(in_.features)
@@ -90,27 +85,54 @@ class ManyClasses {
       const auto logits = memory.as_strided({count, in_.K}, {chunks_.pitch, 1});
       const auto d_logits =
           memory.view(narrow_.dtype().toScalarType()).as_strided({count, in_.K}, {grad_pitch, 1});
-      product(logits, in_.features.narrow(0, first, count), matrix.t(), false);
+      product(logits, in_.features.narrow(0, first, count), matrix_.t(), false);
       find_d_logits(logits, d_logits, first);
-      if (in_.wanted[0]) find_d_features(d_logits, matrix, first);
-      if (in_.wanted[1]) {
-        product(products_, d_logits.t(), features.narrow(0, first, count), first > 0);
+      at::Tensor d_features;
+      if (in_.wanted[0]) {
+        const bool same = std::is_same_v<scalar_t, compute_t>;
+        d_features =
+            same ? out_.d_features.narrow(0, first, count) : at::empty({count, in_.D}, compute_);
+        product(d_features, d_logits, matrix_, false);
       }
-      if (in_.wanted[2]) add_d_bias(d_logits, first);
+      if (in_.wanted[1]) {
+        product(products_, d_logits.t(), masked_.narrow(0, first, count), first > 0);
+      }
+      const bool last = first + count == in_.B;
+      if (last || in_.wanted[0] || in_.wanted[2]) finish(d_logits, d_features, first);
     }
   }
 
-  // A row that is ignored may hold NaN, which a product with zeros would keep.
-  at::Tensor masked_features() {
-    const auto masked = at::empty({in_.B, in_.D}, narrow_);
-    const MaskArguments<scalar_t> arguments{terms_, read<scalar_t>(in_.features),
-                                            write<scalar_t>(masked), in_.D};
+ private:
+  void begin() {
     constexpr int kVector = 16 / sizeof(scalar_t);
-    const auto kernel = packs_fit({in_.features, masked}, kVector)
-                            ? head_deviation_mask_kernel<scalar_t, kVector>
-                            : head_deviation_mask_kernel<scalar_t, 1>;
-    launch(kernel, in_.B, 128, 0, arguments);
-    return masked;
+    const auto blocks = [](int64_t count, bool packs) {
+      return blocks_for(count, kTotalThreads * (packs ? kVector : 1), kOperandBlocks);
+    };
+    BeginArguments<scalar_t, weight_t> a{};
+    a.terms = terms_;
+    a.alpha_scale = read<compute_t>(in_.alpha_scale);
+    a.alpha = static_cast<compute_t>(in_.alpha);
+    a.totals = totals_;
+    // A row that is ignored may hold NaN, which a product with zeros would keep.
+    if (in_.wanted[1] && in_.features.numel() > 0) {
+      masked_ = at::empty({in_.B, in_.D}, narrow_);
+      a.features = read<scalar_t>(in_.features);
+      a.masked = write<scalar_t>(masked_);
+      a.columns = in_.D;
+      a.mask_packs = packs_fit({in_.features, masked_}, kVector);
+      a.mask_blocks = blocks(in_.B * in_.D, a.mask_packs);
+    }
+    matrix_ = in_.weight;
+    if (in_.weight.scalar_type() != in_.features.scalar_type() && in_.B > 0) {
+      matrix_ = at::empty({in_.K, in_.D}, narrow_);
+      a.weight = read<weight_t>(in_.weight);
+      a.narrow = write<scalar_t>(matrix_);
+      a.weights = in_.K * in_.D;
+      a.narrow_packs = packs_fit({flat(in_.weight), flat(matrix_)}, 1);
+      a.narrow_blocks = blocks(a.weights, a.narrow_packs);
+    }
+    launch(head_deviation_begin_kernel<scalar_t, weight_t>, 1 + a.mask_blocks + a.narrow_blocks,
+           kTotalThreads, kTotalsBytes, a);
   }
 
   void find_d_logits(const at::Tensor& logits, const at::Tensor& d_logits, int64_t first) {
@@ -134,89 +156,81 @@ class ManyClasses {
            sizeof(RowShared<compute_t>), arguments);
   }
 
-  void find_d_features(const at::Tensor& d_logits, const at::Tensor& matrix, int64_t first) {
+  // What follows the products of the rows from `first` on; all that is left after the last ones.
+  void finish(const at::Tensor& d_logits, const at::Tensor& d_features, int64_t first) {
+    FinishArguments<scalar_t, weight_t> a{};
+    a.terms = terms_;
+    a.weight_scale = read<compute_t>(in_.weight_scale);
+    a.totals = totals_;
+    a.last = in_.B == 0 || first + d_logits.size(0) == in_.B;
+    if (in_.wanted[0] && d_features.defined() && d_features.numel() > 0) {
+      fill_features(a.features, d_features, first);
+    }
+    if (in_.wanted[2] && d_logits.defined()) fill_bias(a, d_logits, first);
+    if (a.last && (in_.wanted[1] || in_.weight0.defined())) fill_weight(a.weight);
+    if (a.last) fill_sums(a.sums);
+    const int blocks = a.bias.blocks + a.features.blocks + a.weight.blocks;
+    // Partial sums of d_bias, or a sum by warp.
+    const size_t shared = kFinishThreads * sizeof(compute_t);
+    launch(head_deviation_finish_kernel<scalar_t, weight_t>, std::max(blocks, 1), kFinishThreads,
+           shared, a);
+  }
+
+  void fill_features(FeaturesPart<scalar_t>& part, const at::Tensor& products, int64_t first) {
     constexpr int kVector = 16 / sizeof(scalar_t);
-    const int64_t count = d_logits.size(0);
-    const auto out = out_.d_features.narrow(0, first, count);
-    const auto products =
-        std::is_same_v<scalar_t, compute_t> ? out : at::empty({count, in_.D}, compute_);
-    product(products, d_logits, matrix, false);
-    FeaturesArguments<scalar_t> arguments{};
-    arguments.terms = terms_;
-    arguments.products = read<compute_t>(products);
-    arguments.d_features = write<scalar_t>(out);
-    arguments.first_row = first;
-    arguments.count = count;
-    arguments.columns = in_.D;
-    arguments.weight_scale = read<compute_t>(in_.weight_scale);
-    arguments.totals = totals_;
-    const bool packs = packs_fit({products, out}, kVector);
-    const auto kernel = packs ? head_deviation_features_kernel<scalar_t, kVector>
-                              : head_deviation_features_kernel<scalar_t, 1>;
-    launch(kernel, finish_blocks(count * in_.D, packs ? kVector : 1), kFinishThreads, 0, arguments);
+    const auto out = out_.d_features.narrow(0, first, products.size(0));
+    part.products = read<compute_t>(products);
+    part.d_features = write<scalar_t>(out);
+    part.first_row = first;
+    part.count = products.size(0);
+    part.columns = in_.D;
+    part.packs = packs_fit({products, out}, kVector);
+    part.blocks = finish_blocks(products.numel(), part.packs ? kVector : 1);
   }
 
-  void add_d_bias(const at::Tensor& d_logits, int64_t first) {
-    BiasArguments<scalar_t, weight_t> arguments{};
-    arguments.d_logits = read<scalar_t>(d_logits);
-    arguments.pitch = d_logits.stride(0);
-    arguments.count = d_logits.size(0);
-    arguments.classes = in_.K;
-    arguments.sums = write<compute_t>(bias_sums_);
-    arguments.first = first == 0;
-    const bool last = first + d_logits.size(0) == in_.B;
-    arguments.d_bias = last ? write<weight_t>(out_.d_bias) : nullptr;
-    arguments.totals = totals_;
-    launch(head_deviation_bias_kernel<scalar_t, weight_t>, (in_.K + kWarp - 1) / kWarp,
-           kTotalThreads, kTotalThreads * sizeof(compute_t), arguments);
+  void fill_bias(FinishArguments<scalar_t, weight_t>& a, const at::Tensor& d_logits,
+                 int64_t first) {
+    a.bias.d_logits = read<scalar_t>(d_logits);
+    a.bias.pitch = d_logits.stride(0);
+    a.bias.count = d_logits.size(0);
+    a.bias.sums = write<compute_t>(bias_sums_);
+    a.bias.d_bias = a.last ? write<weight_t>(out_.d_bias) : nullptr;
+    a.bias.first = first == 0;
+    a.bias.blocks = static_cast<int>((in_.K + kWarp - 1) / kWarp);
   }
 
-  void finish_weight() {
-    if (in_.B == 0 && in_.wanted[2]) out_.d_bias.zero_();
-    if (!in_.wanted[1] && !in_.weight0.defined()) return;
+  void fill_weight(WeightPart<weight_t, compute_t>& part) {
     constexpr int kVector = 16 / sizeof(weight_t);
-    const int64_t count = in_.K * in_.D;
-    parts_ = finish_blocks(count, kVector);
-    overlaps_ = at::empty({parts_}, compute_.dtype(at::kDouble));
-    WeightArguments<weight_t, compute_t> arguments{};
-    arguments.products = read<compute_t>(products_);
-    arguments.weight = read<weight_t>(in_.weight);
-    arguments.weight0 = read<weight_t>(in_.weight0);
-    arguments.d_weight = write<weight_t>(out_.d_weight);
-    arguments.weight_scale = read<compute_t>(in_.weight_scale);
-    arguments.totals = totals_;
-    arguments.overlaps = write<double>(overlaps_);
-    arguments.count = count;
-    // Flat: what is left over at the end of the tensor moves one by one.
-    const auto flat = [](const at::Tensor& t) { return t.defined() ? t.view({-1, 1}) : t; };
-    const bool packs =
+    part.count = in_.K * in_.D;
+    // What is left over at the end of the tensor moves one by one.
+    part.packs =
         packs_fit({flat(in_.weight), flat(in_.weight0), flat(out_.d_weight), flat(products_)}, 1);
-    launch(packs ? head_deviation_weight_kernel<weight_t, compute_t, kVector>
-                 : head_deviation_weight_kernel<weight_t, compute_t, 1>,
-           parts_, kFinishThreads, kSumsBytes, arguments);
+    part.blocks = finish_blocks(part.count, kVector);
+    overlaps_ = at::empty({part.blocks}, compute_.dtype(at::kDouble));
+    part.products = read<compute_t>(products_);
+    part.weight = read<weight_t>(in_.weight);
+    part.weight0 = read<weight_t>(in_.weight0);
+    part.d_weight = write<weight_t>(out_.d_weight);
+    part.overlaps = write<double>(overlaps_);
   }
 
-  void finish_sums() {
-    SumsArguments<compute_t> arguments{};
-    arguments.losses = read<compute_t>(losses_);
-    arguments.right = read<uint8_t>(correct_);
-    arguments.overlaps = read<double>(overlaps_);
-    arguments.totals = totals_;
-    arguments.rows = in_.B;
-    arguments.parts = static_cast<int>(parts_);
-    arguments.has_penalty = in_.weight0.defined();
-    arguments.each_row = in_.reduction == Reduction::none;
-    arguments.loss = write<compute_t>(out_.loss);
-    arguments.cross_entropy = write<compute_t>(out_.cross_entropy);
-    arguments.penalty = write<compute_t>(out_.penalty);
-    arguments.correct = write<int64_t>(out_.correct);
-    arguments.invalid = write<int64_t>(out_.invalid);
-    launch(head_deviation_sums_kernel<compute_t>, 1, kTotalThreads, kSumsBytes, arguments);
+  void fill_sums(SumsPart<compute_t>& part) {
+    part.losses = read<compute_t>(losses_);
+    part.right = read<uint8_t>(correct_);
+    part.each_row = in_.reduction == Reduction::none;
+    part.loss = write<compute_t>(out_.loss);
+    part.cross_entropy = write<compute_t>(out_.cross_entropy);
+    part.penalty = write<compute_t>(out_.penalty);
+    part.correct = write<int64_t>(out_.correct);
+    part.invalid = write<int64_t>(out_.invalid);
   }
 
-  static int64_t finish_blocks(int64_t count, int64_t vector) {
-    const int64_t each = kFinishThreads * vector;
-    return std::clamp<int64_t>((count + each - 1) / each, 1, kFinishBlocks);
+  static at::Tensor flat(const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.view({-1, 1}) : tensor;
+  }
+
+  static int finish_blocks(int64_t count, int64_t vector) {
+    return blocks_for(count, kFinishThreads * vector, kFinishBlocks);
   }
 
   const HeadInputs& in_;
@@ -224,9 +238,9 @@ class ManyClasses {
   const LossTerms<compute_t> terms_;
   const Chunks chunks_;
   at::TensorOptions compute_, narrow_;
-  at::Tensor totals_memory_, losses_, correct_, bias_, products_, bias_sums_, overlaps_;
+  at::Tensor totals_memory_, losses_, correct_, bias_, masked_, matrix_, products_, bias_sums_,
+      overlaps_;
   Totals<compute_t>* totals_;
-  int64_t parts_ = 0;
 };
 
 }  // namespace

@@ -1,106 +1,12 @@
 #pragma once
 
-#include "head_deviation_row.cuh"
+#include "head_deviation_begin.cuh"
 
-// A head of many classes: what surrounds the matrix products, which cuBLAS does for some rows at a
-// time. No ATen and no CUDA host calls here.
+// The rows of logits of a head of many classes. No ATen and no CUDA host calls here.
 namespace fst_fast {
 
-constexpr int kRowThreads = 512;     // at most, for one row of logits
-constexpr int kRowPack = 8;          // logits of a thread at a time
-constexpr int kTotalThreads = 1024;  // of the one block that adds up something over all rows
-
-// What all rows need and one block finds first. All gradients are kept without `factor` until a
-// product is done: with it those of a large batch would vanish in float16.
-template <typename compute_t>
-struct Totals {
-  compute_t norm;
-  compute_t factor;  // 1 / norm; 0 if every row is ignored
-  compute_t class_weights;
-  compute_t strength;  // of the penalty
-  compute_t share;     // of weight0 in d_weight
-  int64_t invalid;
-};
-
-template <typename compute_t>
-struct TotalsArguments {
-  LossTerms<compute_t> terms;
-  const compute_t* alpha_scale;
-  compute_t alpha;
-  Totals<compute_t>* totals;
-};
-
-template <typename compute_t>
-__global__ void __launch_bounds__(kTotalThreads, 1)
-    head_deviation_totals_kernel(TotalsArguments<compute_t> a) {
-  auto* warp_sums = reinterpret_cast<double*>(dynamic_shared());
-  const auto& terms = a.terms;
-  double norm = 0;
-  double counted = 0;
-  double row_grad = 0;
-  int64_t first_bad = terms.rows;
-  for (int64_t row = threadIdx.x; row < terms.rows; row += kTotalThreads) {
-    const Target<compute_t> target(terms, terms.labels[row]);
-    norm += target.weight;
-    counted += target.ignored ? 0 : 1;
-    if (terms.row_grad != nullptr) row_grad += terms.row_grad[row];
-    if (target.bad && row < first_bad) first_bad = row;
-  }
-  double class_weights = 0;
-  if (terms.class_weight != nullptr && terms.label_smoothing > 0) {
-    for (int64_t k = threadIdx.x; k < terms.classes; k += kTotalThreads) {
-      class_weights += terms.class_weight[k];
-    }
-    class_weights = block_sum(class_weights, warp_sums);
-  } else {
-    class_weights = static_cast<double>(terms.classes);
-  }
-  norm = block_sum(norm, warp_sums);
-  counted = block_sum(counted, warp_sums);
-  row_grad = block_sum(row_grad, warp_sums);
-  first_bad = warp_min(first_bad);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = static_cast<double>(first_bad);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-
-  for (int warp = 0; warp < kTotalThreads / kWarp; ++warp) {
-    const auto other = static_cast<int64_t>(warp_sums[warp]);
-    first_bad = other < first_bad ? other : first_bad;
-  }
-  Totals<compute_t> totals;
-  totals.norm = terms.reduction == Reduction::mean ? static_cast<compute_t>(norm) : 1;
-  totals.factor = counted == 0 ? 0 : 1 / totals.norm;
-  totals.class_weights = static_cast<compute_t>(class_weights);
-  totals.strength = a.alpha_scale == nullptr ? a.alpha : a.alpha * *a.alpha_scale;
-  totals.share = totals.strength;
-  if (terms.row_grad != nullptr) totals.share *= static_cast<compute_t>(row_grad);
-  totals.invalid = first_bad == terms.rows ? -1 : first_bad;
-  *a.totals = totals;
-}
-
-// features with zeros in the rows that are ignored: one block per row.
-template <typename scalar_t>
-struct MaskArguments {
-  LossTerms<compute_of<scalar_t>> terms;
-  const scalar_t* features;  // [rows, columns]
-  scalar_t* masked;          // [rows, columns]
-  int64_t columns;
-};
-
-template <typename scalar_t, int kVector>
-__global__ void __launch_bounds__(kRowThreads)
-    head_deviation_mask_kernel(MaskArguments<scalar_t> a) {
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * a.columns;
-  const bool ignored = a.terms.ignored(blockIdx.x);
-  for (int64_t d = threadIdx.x * kVector; d < a.columns; d += blockDim.x * kVector) {
-    Pack<scalar_t, kVector> values;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values.at[i] = static_cast<scalar_t>(0.0f);
-    if (!ignored) values = load_pack<kVector>(a.features + start + d);
-    store_pack(a.masked + start + d, values);
-  }
-}
+constexpr int kRowThreads = 512;  // at most, for one row of logits
+constexpr int kRowPack = 8;       // logits of a thread at a time
 
 // Rows of logits become rows of d_logits in the same memory, which may be of a narrower type: each
 // block takes one row from left to right, and what it writes never reaches what it has yet to read.

@@ -50,6 +50,7 @@ namespace emulator {
 inline bool descending = false;  // threads and blocks run in descending order
 inline int resident = 5;         // blocks that are said to fit on the device
 inline const char* kernel_name = "";
+inline std::int64_t launches = 0;
 
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 64 * 1024;
@@ -213,6 +214,7 @@ void run(void (*kernel)(Arguments), std::int64_t blocks, int threads, std::size_
   };
   arguments = &call;
   kernel_name = __PRETTY_FUNCTION__;
+  ++launches;
   blockDim.x = static_cast<unsigned>(threads);
   gridDim.x = static_cast<unsigned>(blocks);
   std::memset(fst_fast::shared_memory, kNan, sizeof(fst_fast::shared_memory));
@@ -280,6 +282,13 @@ inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
   emulator::shuffle(mask, value, emulator::lane() ^ (offset), __LINE__)
 #define __shfl_sync(mask, value, source) emulator::shuffle(mask, value, (source), __LINE__)
 
+// Blocks that are not launched together run one after the other.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned more) {
+  const unsigned before = *at;
+  *at += more;
+  return before;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

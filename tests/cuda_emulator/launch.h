@@ -48,6 +48,7 @@ bool cluster_fits(void (*)(Arguments), int blocks, int, size_t, int, Residency&)
 
 // PyTorch has products that widen on CUDA only.
 inline void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
+  ++emulator::launches;
   const auto wide = out.scalar_type();
   if (add) {
     at::addmm_out(out, out, a.to(wide), b.to(wide));

@@ -87,6 +87,7 @@ TORCH_LIBRARY(fst_fast_emulated, m) {
   fst_fast::define_kernels(m);
   m.def("broken(Tensor(a!) values, int kind) -> ()", &emulator::broken);
   m.def("use_guards(bool on) -> ()", &use_guards);
+  m.def("launches() -> int", [] { return emulator::launches; });
   m.def(
       "set_limits(bool descending, int resident, int few_products, int logits_bytes, "
       "int chunk_rows) -> ()",

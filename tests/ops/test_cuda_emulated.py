@@ -3,7 +3,7 @@
 import pytest
 import torch
 from check import assert_no_worse_than_torch, assert_same_bits
-from emulated_cases import needs_compiler
+from emulated_cases import Emulation, needs_compiler
 from head_deviation_cases import ALPHA, DTYPES, Batch
 from torch.nn import functional as F
 
@@ -256,12 +256,27 @@ def test_extreme_logits(ops, path):
         assert_as_reference(call(ops, one), one)
 
 
-@pytest.mark.parametrize("resident", [4, 16])
-def test_same_bits_whatever_the_order(library, resident):
-    batch = Batch((21, 40, 19))
+@pytest.mark.parametrize("path", ["few", "cluster", "many", "many-chunked"])
+def test_same_bits_whatever_the_order(library, path):
+    batch = Batch((21, 40, 119))
     results = []
-    for descending in (False, True):
-        library.set_limits(descending, resident, 0, 0, 0)
+    for order in ("ascending", "descending"):
+        Emulation(library, order).limit(**PATHS[path])
         results.append(call(library, batch))
     for name in NAMES:
         assert_same_bits(results[0][name], results[1][name], name=name)
+
+
+@pytest.mark.parametrize(("path", "count"), [("few", 1), ("many", 6), ("many-chunked", 1 + 3 * 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16-mixed"])
+def test_kernels_and_products_are_few(ops, path, count, dtype):
+    """Each is a node of a CUDA graph: one before, three products, a row kernel, and one behind."""
+    ops.limit(**PATHS[path])
+    before = ops.launches()
+    call(ops, Batch((12, 40, 7), dtype))
+    assert ops.launches() - before == count
+
+
+def test_more_weights_than_its_blocks_take_at_once(ops):
+    ops.limit(few_products=-1)
+    assert_right(ops, Batch((3, 2051, 520)))
