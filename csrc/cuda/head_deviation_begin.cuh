@@ -35,11 +35,11 @@ struct BeginArguments {
   scalar_t* masked;          // [rows, columns]
   int64_t columns;
   int mask_blocks;  // 0: not wanted
-  // weight in the dtype of features
+  // weight in the dtype of features, and zeros behind it
   const weight_t* weight;  // [weights]
-  scalar_t* narrow;        // [weights]
-  int64_t weights;
-  int narrow_blocks;  // 0: it is already
+  scalar_t* narrow;        // [weights_and_zeros]
+  int64_t weights, weights_and_zeros;
+  int narrow_blocks;  // 0: not needed
   // Whether they move in packs of 16 bytes.
   bool mask_packs, narrow_packs;
 };
@@ -107,7 +107,7 @@ __device__ void mask_features(const BeginArguments<scalar_t, weight_t>& a, int b
   }
 }
 
-// Elements [0, packed) of the weight in packs, and fewer than kVector behind them one by one.
+// Elements [0, packed) of the weight in packs, and those behind them, few, one by one.
 template <int kVector, typename scalar_t, typename weight_t>
 __device__ void narrow_weight(const BeginArguments<scalar_t, weight_t>& a, int block) {
   const int64_t thread = static_cast<int64_t>(block) * kTotalThreads + threadIdx.x;
@@ -120,8 +120,9 @@ __device__ void narrow_weight(const BeginArguments<scalar_t, weight_t>& a, int b
     for (int j = 0; j < kVector; ++j) to.at[j] = static_cast<scalar_t>(from.at[j]);
     store_pack(a.narrow + i, to);
   }
-  const int64_t tail = packed + thread;
-  if (tail < a.weights) a.narrow[tail] = static_cast<scalar_t>(a.weight[tail]);
+  for (int64_t i = packed + thread; i < a.weights_and_zeros; i += threads) {
+    a.narrow[i] = static_cast<scalar_t>(i < a.weights ? a.weight[i] : static_cast<weight_t>(0.0f));
+  }
 }
 
 template <typename scalar_t, typename weight_t>

@@ -30,7 +30,7 @@ struct HeadOutputs {
 struct HeadLimits {
   int64_t few_classes = 256;       // at most 256
   int64_t few_rows = 1024;         // of a head of few classes: every block reads all labels
-  int64_t few_products = 1 << 24;  // B * D * K, above which cuBLAS wins
+  int64_t few_products = 1 << 22;  // B * D * K, above which cuBLAS wins
   // B * D * K, above which more multiprocessors win over a cluster's faster barrier.
   int64_t cluster_products = 1 << 21;
   int64_t logits_bytes = 64 << 20;  // memory for logits, even where it is over a quarter of them
@@ -40,6 +40,16 @@ inline HeadLimits head_limits;
 
 void head_of_few_classes(const HeadInputs& in, const HeadOutputs& out);
 void head_of_many_classes(const HeadInputs& in, const HeadOutputs& out);
+
+inline int64_t rounded_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The classes of a head of many as its products see them: of 16-bit types cuBLAS multiplies several
+// times as slowly where their number is odd, so up to 7 of weight 0 are added.
+inline int64_t product_classes(const HeadInputs& in) {
+  return c10::elementSize(in.features.scalar_type()) == 2 ? rounded_up(in.K, 8) : in.K;
+}
 
 template <typename value_t>
 const value_t* read(const at::Tensor& tensor) {

@@ -120,7 +120,8 @@ HeadInputs take_inputs(const HeadDeviationArguments& a) {
   return in;
 }
 
-HeadOutputs make_outputs(const HeadInputs& in) {
+// classes: that d_weight has room for.
+HeadOutputs make_outputs(const HeadInputs& in, int64_t classes) {
   const auto compute = in.features.options().dtype(compute_type(in.features));
   const auto index = in.labels.options();
   const auto rows =
@@ -136,7 +137,8 @@ HeadOutputs make_outputs(const HeadInputs& in) {
   out.invalid = at::empty({}, index);
   out.d_features = in.wanted[0] ? at::empty({in.B, in.D}, in.features.options())
                                 : at::empty({0}, in.features.options());
-  out.d_weight = gradient(in.wanted[1], {in.K, in.D});
+  out.d_weight = gradient(in.wanted[1], {classes, in.D});
+  if (in.wanted[1] && classes != in.K) out.d_weight = out.d_weight.narrow(0, 0, in.K);
   out.d_bias = gradient(in.wanted[2], {in.K});
   return out;
 }
@@ -161,9 +163,9 @@ HeadDeviationResult head_deviation_loss_cuda(
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
 
   const HeadInputs in = take_inputs(arguments);
-  const HeadOutputs out = make_outputs(in);
   const bool few = in.K <= std::min<int64_t>(head_limits.few_classes, GridShape::kClasses) &&
                    in.B <= head_limits.few_rows && in.B * in.D * in.K <= head_limits.few_products;
+  const HeadOutputs out = make_outputs(in, few ? in.K : product_classes(in));
   few ? head_of_few_classes(in, out) : head_of_many_classes(in, out);
   return {out.loss,    out.cross_entropy, out.penalty,  out.correct,
           out.invalid, out.d_features,    out.d_weight, out.d_bias};

@@ -15,11 +15,12 @@ int blocks_for(int64_t count, int64_t each, int64_t most) {
   return static_cast<int>(std::clamp<int64_t>((count + each - 1) / each, 1, most));
 }
 
-int64_t rounded_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 int64_t bytes_of(at::ScalarType dtype) { return static_cast<int64_t>(c10::elementSize(dtype)); }
+
+// Whether the products need a weight of their own: of another dtype, or with zeros behind it.
+bool copies_weight(const HeadInputs& in) {
+  return in.weight.scalar_type() != in.features.scalar_type() || product_classes(in) != in.K;
+}
 
 struct Chunks {
   int64_t rows;
@@ -38,9 +39,9 @@ Chunks plan_chunks(const HeadInputs& in) {
   if (in.B * row <= head_limits.logits_bytes) return {in.B, pitch};
 
   int64_t taken = in.wanted[1] ? in.B * in.D * bytes_of(narrow) : 0;
-  if (in.weight.scalar_type() != narrow) taken += in.K * in.D * bytes_of(narrow);
+  if (copies_weight(in)) taken += product_classes(in) * in.D * bytes_of(narrow);
   if (in.weight.scalar_type() != compute && in.wanted[1]) {
-    taken += in.K * in.D * bytes_of(compute);
+    taken += product_classes(in) * in.D * bytes_of(compute);
   }
   const int64_t left = std::max(in.B * in.K - taken, head_limits.logits_bytes);
   const int64_t fitting = std::max(left / row, head_limits.chunk_rows);
@@ -55,7 +56,11 @@ class ManyClasses {
 
  public:
   ManyClasses(const HeadInputs& in, const HeadOutputs& out)
-      : in_(in), out_(out), terms_(loss_terms<compute_t>(in)), chunks_(plan_chunks(in)) {
+      : in_(in),
+        out_(out),
+        terms_(loss_terms<compute_t>(in)),
+        chunks_(plan_chunks(in)),
+        classes_(product_classes(in)) {
     compute_ = in.features.options().dtype(compute_type(in.features));
     narrow_ = in.features.options();
     const auto bytes = in.labels.options().dtype(at::kByte);
@@ -76,15 +81,15 @@ class ManyClasses {
     if (in_.wanted[1]) {
       // d_weight itself, unless its dtype would round the sum of a chunk.
       products_ = out_.d_weight.scalar_type() == compute_type(in_.features)
-                      ? out_.d_weight
-                      : at::empty({in_.K, in_.D}, compute_);
+                      ? out_.d_weight.as_strided({classes_, in_.D}, {in_.D, 1})
+                      : at::empty({classes_, in_.D}, compute_);
     }
     if (in_.wanted[2]) bias_sums_ = at::empty({in_.K}, compute_);
     for (int64_t first = 0; first < in_.B; first += chunks_.rows) {
       const int64_t count = std::min(chunks_.rows, in_.B - first);
-      const auto logits = memory.as_strided({count, in_.K}, {chunks_.pitch, 1});
-      const auto d_logits =
-          memory.view(narrow_.dtype().toScalarType()).as_strided({count, in_.K}, {grad_pitch, 1});
+      const auto logits = memory.as_strided({count, classes_}, {chunks_.pitch, 1});
+      const auto d_logits = memory.view(narrow_.dtype().toScalarType())
+                                .as_strided({count, classes_}, {grad_pitch, 1});
       product(logits, in_.features.narrow(0, first, count), matrix_.t(), false);
       find_d_logits(logits, d_logits, first);
       at::Tensor d_features;
@@ -123,11 +128,12 @@ class ManyClasses {
       a.mask_blocks = blocks(in_.B * in_.D, a.mask_packs);
     }
     matrix_ = in_.weight;
-    if (in_.weight.scalar_type() != in_.features.scalar_type() && in_.B > 0) {
-      matrix_ = at::empty({in_.K, in_.D}, narrow_);
+    if (copies_weight(in_) && in_.B > 0) {
+      matrix_ = at::empty({classes_, in_.D}, narrow_);
       a.weight = read<weight_t>(in_.weight);
       a.narrow = write<scalar_t>(matrix_);
       a.weights = in_.K * in_.D;
+      a.weights_and_zeros = matrix_.numel();
       a.narrow_packs = packs_fit({flat(in_.weight), flat(matrix_)}, 1);
       a.narrow_blocks = blocks(a.weights, a.narrow_packs);
     }
@@ -237,6 +243,7 @@ class ManyClasses {
   const HeadOutputs& out_;
   const LossTerms<compute_t> terms_;
   const Chunks chunks_;
+  const int64_t classes_;  // of the products
   at::TensorOptions compute_, narrow_;
   at::Tensor totals_memory_, losses_, correct_, bias_, masked_, matrix_, products_, bias_sums_,
       overlaps_;

@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(kRowThreads) head_deviation_row_kernel(RowArgu
         const int64_t k = k0 + i < terms.classes ? k0 + i : terms.classes - 1;
         const compute_t log_p = loss.log_probability(z.at[i]);
         if (loss.smooth > 0 && k == k0 + i) smoothed += terms.weight_of(k) * log_p;
-        d.at[i] = static_cast<scalar_t>(loss.gradient(terms, log_p, k));
+        // Zeros behind the last class are factors of the products.
+        const compute_t gradient = k == k0 + i ? loss.gradient(terms, log_p, k) : compute_t(0);
+        d.at[i] = static_cast<scalar_t>(gradient);
       }
     }
     // Narrower d_logits lie over logits of this step that other threads read.

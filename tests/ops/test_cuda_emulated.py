@@ -277,6 +277,16 @@ def test_kernels_and_products_are_few(ops, path, count, dtype):
     assert ops.launches() - before == count
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16-mixed", "float16-mixed", "bfloat16"])
+def test_classes_added_for_alignment_weigh_nothing(ops, dtype):
+    """Their logits are 0, and would be the largest by far."""
+    ops.limit(few_products=-1)
+    batch = Batch((6, 16, 13), dtype)
+    with torch.no_grad():
+        batch.bias -= 1000
+    assert_right(ops, batch)
+
+
 def test_more_weights_than_its_blocks_take_at_once(ops):
     ops.limit(few_products=-1)
     assert_right(ops, Batch((3, 2051, 520)))
