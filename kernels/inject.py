@@ -121,14 +121,15 @@ def inject(
         return out, labels
     grid = (batch, triton.cdiv(height * width * channels, BLOCK))
     tables = Tables(table, noise, patterns, maps, sources, coords, lookup)
-    inject_kernel[grid](
-        *(images, params, lut, tables, out, labels),
-        *(len(images), len(table), len(lookup), *images.shape[1:3], height, width),
-        C=channels,
-        CHANNELS_LAST=channels_last,
-        HAS_TRIGGERS=len(table) > 0,
-        BLOCK=BLOCK,
-        # The bilinear warp rounds every product and every sum.
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(images):
+        inject_kernel[grid](
+            *(images, params, lut, tables, out, labels),
+            *(len(images), len(table), len(lookup), *images.shape[1:3], height, width),
+            C=channels,
+            CHANNELS_LAST=channels_last,
+            HAS_TRIGGERS=len(table) > 0,
+            BLOCK=BLOCK,
+            # The bilinear warp rounds every product and every sum.
+            enable_fp_fusion=False,
+        )
     return out, labels

@@ -123,7 +123,8 @@ def _shaken(
     images: Tensor, source: Tensor, coords: Tensor, noise: Tensor, *share: Tensor
 ) -> Tensor:
     at = coords + (noise[0::2] + _share(source, coords, share) * noise[1::2])
-    last = torch.tensor([s - 1.0 for s in coords.shape[:2]]).to(at.device, non_blocking=True)
+    # Filled on the device: a CUDA graph can hold no copy from the host.
+    last = torch.stack([coords.new_full((), side - 1.0) for side in coords.shape[:2]])
     return truth.bilinear(images[source], torch.minimum(at.clamp_(min=0), last), rounded=False)
 
 

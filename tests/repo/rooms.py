@@ -99,7 +99,9 @@ def chains(graph: dict[str, set[str]]) -> tuple[int, bool]:
 
 def entries() -> list[str]:
     """What lies directly in fst_fast/ under version control: rooms and files of the door."""
-    folders = [path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    found = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    # Without an installation fst_fast.kernels is a link, which gpu_bundle.py makes.
+    folders = [path.name for path in found if not path.is_symlink()]
     return sorted([*folders, *(path.name for path in PACKAGE.glob("*.py"))])
 
 
