@@ -56,7 +56,7 @@ class Probe:
 
     def rates(self):
         """Copy and matrix rates of this card."""
-        return machine.measure(self.device, quick=self.device.type == "cpu")
+        return machine.rates(self.device, quick=self.device.type == "cpu")
 
     def batch_norm(self):
         """The implementation that PyTorch takes for a training batch norm, by precision."""

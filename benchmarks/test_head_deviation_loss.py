@@ -49,16 +49,16 @@ def input_sets(case):
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_head_deviation_loss(benchmark, case, name):
     right, refused = judged(case)
-    reasons = {variant.name: facts.reason for variant, facts in refused}
+    reasons = {variant.name: facts.reason for variant, facts in refused.items()}
     assert name not in reasons, f"{name} is wrong: {reasons[name]}"
-    variant, facts = next(pair for pair in right if pair[0].name == name)
+    variant, facts = next(pair for pair in right.items() if pair[0].name == name)
     one_call, per_round = prepare(variant, input_sets(case))
     benchmark.group = ids(case)
     benchmark.extra_info |= {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "calls_per_round": per_round,
-        "errors": {key: str(error) for key, error in facts.errors.items()},
+        "errors": {key: str(error) for key, error in facts.told["errors"].items()},
         "inaccurate": facts.reason,
     }
     rounds = 5 if case.huge else 50

@@ -167,13 +167,15 @@ VARIANTS: dict[str, Callable[[Job, torch.device, int], Run]] = {
 def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure every suspect; returns the record."""
     return suite.run(
-        NAME, METHOD, settings, lambda case, rates: measure(case, rates, settings), say
+        NAME, METHOD, settings, lambda case, rates: measure_case(case, rates, settings), say
     )
 
 
-def measure(case: End2EndCase, rates: Mapping[str, float], settings: Settings) -> dict[str, Any]:
+def measure_case(
+    case: End2EndCase, rates: Mapping[str, float], settings: Settings
+) -> dict[str, Any]:
     """Do the job with every variant and seed, in turn; refuse what ends elsewhere than plain."""
-    load, device = machine.load_average(), settings.device
+    device = settings.device
     job = jobs.make(
         case.checkpoint,
         device,
@@ -204,7 +206,6 @@ def measure(case: End2EndCase, rates: Mapping[str, float], settings: Settings) -
             for row in rows
             if row["reason"] is not None
         ],
-        "load_average": {"before": load, "after": machine.load_average()},
     }
 
 

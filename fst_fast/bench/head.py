@@ -6,13 +6,13 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import cases, check, machine, memory, peers, suite, timing
-from .suite import Settings
+from . import cases, errors, machine, memory, peers, suite, timing
+from .suite import Checked, Facts, Settings
 
 NAME = "head"
 MOST_INPUTS = 256
@@ -40,20 +40,19 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
             settings,
             lambda case, rates: {
                 "floor": cases.floor(case, rates),
-                **measure(case, settings, child),
+                **measure_case(case, settings, child),
             },
             say,
         )
 
 
-def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[str, Any]:
+def measure_case(case: cases.Case, settings: Settings, child: memory.Child) -> dict[str, Any]:
     """Check every variant, then time those that may be timed, then their memory."""
-    load = machine.load_average()
     found = peers.variants(case, settings.device, settings.variants)
     right, refused = checked(case, found, settings.device)
     if case.huge and settings.device.type == "cpu" and settings.variants is None:
         right, slow = without_the_slow(right)
-        refused += slow
+        refused |= slow
     sets = make_sets(case, settings.device)
     cold = _time(case, right, sets, settings)
     # What fits into the cache is also timed there.
@@ -64,9 +63,8 @@ def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[s
     del sets
     gc.collect()
     rows = []
-    for variant, facts in right:
-        row = {"variant": variant.name, "ours": variant.ours, **facts.record()}
-        row |= _against_eager(cold, variant.name)
+    for variant, facts in right.items():
+        row = facts.row(variant) | _against_eager(cold, variant.name)
         row["hot"] = hot and _against_eager(hot, variant.name)
         rows.append(row | _memory(case, variant, settings.device, child))
     return {
@@ -75,10 +73,7 @@ def measure(case: cases.Case, settings: Settings, child: memory.Child) -> dict[s
         "input_sets": count,
         "input_bytes": count * case.bytes,
         "yardstick_bytes": case.yardstick_bytes,
-        "variants": rows,
-        "refused": [{"variant": v.name, "ours": v.ours, **facts.record()} for v, facts in refused],
-        "left_out": {v.name: v.obstacle for v in found if v.obstacle is not None},
-        "load_average": {"before": load, "after": machine.load_average()},
+        **suite.sides(rows, refused, found),
     }
 
 
@@ -92,7 +87,7 @@ def _time(
     case: cases.Case, right: Checked, sets: list[Any], settings: Settings
 ) -> dict[str, list[timing.Block]]:
     # A huge case is not run twice more to see how long it takes.
-    expected = {variant: facts.seconds if case.huge else None for variant, facts in right}
+    expected = {variant: facts.seconds if case.huge else None for variant, facts in right.items()}
     return suite.time_in_turn(expected, sets, settings)
 
 
@@ -104,26 +99,6 @@ def make_sets(case: cases.Case, device: torch.device) -> list[Any]:
     ]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What one checked call showed.
-
-    Attributes:
-        reason: what is wrong with the result, or None.
-        seconds: that it took, the first call's costs included.
-    """
-
-    errors: dict[str, float] | None
-    reason: str | None
-    seconds: float
-
-    def record(self) -> dict[str, Any]:
-        return {"errors": self.errors, "reason": self.reason}
-
-
-Checked = list[tuple[peers.Variant, Facts]]
-
-
 def checked(
     case: cases.Case, found: list[peers.Variant], device: torch.device
 ) -> tuple[Checked, Checked]:
@@ -131,62 +106,50 @@ def checked(
 
     Others' variants are timed even where they are worse than eager allows; ``reason`` then says so.
     """
-    peers.forget_compiled()
     inputs: Any = case.make_inputs(0, device)
     truth = case.truth(inputs)
-    right: Checked = []
-    refused: Checked = []
     eager: dict[str, float] | None = None
-    for variant in found:
-        if variant.obstacle is not None:
-            continue
-        facts = _check_one(case, variant, inputs, truth, eager, device)
-        case.clear(inputs)
-        if variant.name == "eager" and facts.reason is None:
-            eager = facts.errors
-        shown = facts.errors is not None and eager is not None and not variant.ours
-        (right if facts.reason is None or shown else refused).append((variant, facts))
-    return right, refused
+
+    def check(variant: peers.Variant) -> Facts:
+        nonlocal eager
+        start = time.perf_counter()
+        try:
+            got = run_once(case, variant, inputs, device)
+            seconds = time.perf_counter() - start
+            found = errors.of(got, truth)
+            if variant.name == "eager":
+                reason = errors.verdict(got, found, found)
+                eager = found if reason is None else None
+            elif eager is None:
+                reason = "eager failed, so that there is no measure for it"
+            else:
+                reason = errors.verdict(got, found, eager)
+            return Facts(reason, seconds, {"errors": found})
+        finally:
+            case.clear(inputs)
+
+    facts = suite.check_each(found, check)
+    shown = {v: f for v, f in facts.items() if f.reason is None or (_shown(v, f) and eager)}
+    return shown, {v: f for v, f in facts.items() if v not in shown}
+
+
+def _shown(variant: peers.Variant, facts: Facts) -> bool:
+    """Whether a wrong result of another's is to be timed all the same."""
+    return not variant.ours and "errors" in facts.told
 
 
 def without_the_slow(right: Checked) -> tuple[Checked, Checked]:
     """Parts from those to time the ones of others that would cost minutes and come in last."""
-    eager = next((facts.seconds for v, facts in right if v.name == "eager"), 0.0)
-    keep: Checked = []
-    slow: Checked = []
-    for variant, facts in right:
+    eager = next((facts.seconds for v, facts in right.items() if v.name == "eager"), 0.0)
+    keep: Checked = {}
+    slow: Checked = {}
+    for variant, facts in right.items():
         if variant.ours or facts.seconds <= PATIENCE * eager:
-            keep.append((variant, facts))
-            continue
-        reason = f"one call took {facts.seconds:.1f} s, eager's {eager:.1f} s; not timed again"
-        slow.append((variant, replace(facts, reason=reason)))
+            keep[variant] = facts
+        else:
+            reason = f"one call took {facts.seconds:.1f} s, eager's {eager:.1f} s; not timed again"
+            slow[variant] = replace(facts, reason=reason)
     return keep, slow
-
-
-def _check_one(
-    case: cases.Case,
-    variant: peers.Variant,
-    inputs: Any,
-    truth: cases.Truth,
-    eager: dict[str, float] | None,
-    device: torch.device,
-) -> Facts:
-    start = time.perf_counter()
-    try:
-        got = run_once(case, variant, inputs, device)
-    # Whatever another's package raises is a finding, not the end of the run.
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        return Facts(None, f"{type(error).__name__}: {first}", time.perf_counter() - start)
-    seconds = time.perf_counter() - start
-    errors = check.errors(got, truth)
-    if variant.name == "eager":
-        reason = check.verdict(got, errors, errors)
-    elif eager is None:
-        reason = "eager failed, so that there is no measure for it"
-    else:
-        reason = check.verdict(got, errors, eager)
-    return Facts(errors, reason, seconds)
 
 
 def run_once(

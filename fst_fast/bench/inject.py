@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fst_fast.ops import inject
 
-from . import cases, inject_peers, machine, peers, suite, timing
+from . import cases, inject_peers, suite, timing
 from .inject_cases import SETS, STD, InjectCase, InjectInputs
-from .suite import Settings
+from .suite import Checked, Facts, Settings
 
 NAME = "inject"
 METHOD = {
@@ -42,14 +42,13 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         NAME,
         METHOD,
         settings,
-        lambda case, rates: {"floor": cases.floor(case, rates), **measure(case, settings)},
+        lambda case, rates: {"floor": cases.floor(case, rates), **measure_case(case, settings)},
         say,
     )
 
 
-def measure(case: InjectCase, settings: Settings) -> dict[str, Any]:
+def measure_case(case: InjectCase, settings: Settings) -> dict[str, Any]:
     """Check every variant, then time those that are right."""
-    load = machine.load_average()
     found = inject_peers.variants(case, settings.device, settings.variants)
     found = [variant for variant in found if variant.name not in settings.without]
     right, refused = checked(case, found, settings.device)
@@ -62,62 +61,25 @@ def measure(case: InjectCase, settings: Settings) -> dict[str, Any]:
         rows.append({**facts.row(variant), **times, "gb_per_s": rate})
     return {
         **case.describe(),
-        "variants": rows,
-        "refused": [facts.row(variant) for variant, facts in refused.items()],
-        "left_out": {v.name: v.obstacle for v in found if v.obstacle is not None},
-        "load_average": {"before": load, "after": machine.load_average()},
+        **suite.sides(rows, refused, found),
     }
-
-
-@dataclass(frozen=True)
-class Facts:
-    """How a result compares with the reference's; ``reason`` says what is wrong, or is None."""
-
-    reason: str | None
-    differing: float | None = None
-    levels: float | None = None
-
-    def row(self, variant: inject_peers.InjectVariant) -> dict[str, Any]:
-        return {
-            "variant": variant.name,
-            "ours": variant.ours,
-            "reason": self.reason,
-            "differing": self.differing,
-            "levels": self.levels,
-            "inexact": variant.inexact,
-            "note": variant.note,
-        }
-
-
-Checked = dict[inject_peers.InjectVariant, Facts]
 
 
 def checked(
     case: InjectCase, found: list[inject_peers.InjectVariant], device: torch.device
 ) -> tuple[Checked, Checked]:
     """Run each variant once: those that are right, and those refused."""
-    peers.forget_compiled()
     inputs = case.make_inputs(0, device)
-    right: Checked = {}
-    refused: Checked = {}
-    for variant in found:
-        if variant.obstacle is None:
-            facts = _check_one(case, variant, inputs.still() if variant.still else inputs)
-            (right if facts.reason is None else refused)[variant] = facts
-    return right, refused
 
+    def check(variant: inject_peers.InjectVariant) -> Facts:
+        i = inputs.still() if variant.still else inputs
+        expected = inject(i.stored.images, i.params, i.lut, i.stored.tables, backend="reference")
+        facts = judge(_result(variant, i), expected, inexact=variant.inexact is not None)
+        return replace(facts, told={**facts.told, "inexact": variant.inexact, "note": variant.note})
 
-def _check_one(
-    case: InjectCase, variant: inject_peers.InjectVariant, inputs: InjectInputs
-) -> Facts:
-    i = inputs
-    expected = inject(i.stored.images, i.params, i.lut, i.stored.tables, backend="reference")
-    try:
-        got = _result(variant, inputs)
-    # Whatever another's package raises is a finding, not the end of the run.
-    except Exception as error:
-        return Facts(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-    return judge(got, expected, inexact=variant.inexact is not None)
+    facts = suite.check_each(found, check)
+    right = {variant: found for variant, found in facts.items() if found.reason is None}
+    return right, {variant: found for variant, found in facts.items() if variant not in right}
 
 
 def _result(variant: inject_peers.InjectVariant, inputs: InjectInputs) -> tuple[Tensor, Tensor]:
@@ -142,7 +104,7 @@ def judge(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inexact: 
     if not torch.equal(labels.long(), true_labels):
         return Facts("gives other labels")
     if len(truth) == 0:
-        return Facts(None)
+        return Facts(None, told={"differing": None, "levels": None})
     apart = (images != truth).float().mean().item()
     std = torch.tensor(STD, device=truth.device).view(-1, 1, 1)
     difference = (images.float() - truth.float()).abs() * std * 255
@@ -151,6 +113,7 @@ def judge(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inexact: 
     other_byte = (difference > same).float().mean().item()
     # Not "x > bound": a NaN is wrong.
     near = bool((difference <= 1 + same).all()) and other_byte <= MOST_DIFFERING
+    told = {"differing": apart, "levels": levels}
     if apart == 0 or (inexact and near):
-        return Facts(None, apart, levels)
-    return Facts(f"{apart:.2%} of the values differ, by up to {levels:.2g} byte levels")
+        return Facts(None, told=told)
+    return Facts(f"{apart:.2%} of the values differ, by up to {levels:.2g} byte levels", told=told)

@@ -31,15 +31,15 @@ ARRANGED = ("precision", "channels_last", "threads")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ended:
     """What a rung ends with, the tuned model or two shares, and how its steps were computed."""
 
     value: Any
     how: Mapping[str, Any]
 
 
-Run = Callable[[Inputs, LoopCase, bool, Mapping[str, Any]], Outcome]
-Judge = Callable[[Outcome, Outcome, Inputs], str | None]
+Run = Callable[[Inputs, LoopCase, bool, Mapping[str, Any]], Ended]
+Judge = Callable[[Ended, Ended, Inputs], str | None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _rung(name: str, run: Run, ours: bool = False) -> Rung:
 def plainly(*, device_data: bool = False, syncs: bool = False, fast: str | None = None) -> Run:
     """Ordinary PyTorch; ``fast``: channels-last, in this precision."""
 
-    def run(inputs: Inputs, case: LoopCase, drawn: bool, _: Mapping[str, Any]) -> Outcome:
+    def run(inputs: Inputs, case: LoopCase, drawn: bool, _: Mapping[str, Any]) -> Ended:
         model = inputs.model_copy()
         loader: Iterable[tuple[Tensor, Tensor]] = (
             inputs.device_loader(drawn) if device_data else inputs.pil_loader(drawn)
@@ -83,7 +83,7 @@ def plainly(*, device_data: bool = False, syncs: bool = False, fast: str | None 
             precision=precision,
             layout=torch.channels_last if fast else torch.contiguous_format,
         )
-        return Outcome(model, {"precision": precision, "channels_last": fast is not None})
+        return Ended(model, {"precision": precision, "channels_last": fast is not None})
 
     return run
 
@@ -91,7 +91,7 @@ def plainly(*, device_data: bool = False, syncs: bool = False, fast: str | None 
 def purified(**options: Any) -> Run:
     """:func:`fst_fast.purify` with these arguments."""
 
-    def run(inputs: Inputs, case: LoopCase, drawn: bool, how: Mapping[str, Any]) -> Outcome:
+    def run(inputs: Inputs, case: LoopCase, drawn: bool, how: Mapping[str, Any]) -> Ended:
         kept = {name: how[name] for name in ARRANGED if name in how}
         result = purify(
             inputs.model_copy(),
@@ -105,7 +105,7 @@ def purified(**options: Any) -> Run:
             **{**options, **kept},
         )
         names = (*ARRANGED, "graphs")
-        return Outcome(result.model, {n: result.settings[n] for n in names if n in result.settings})
+        return Ended(result.model, {n: result.settings[n] for n in names if n in result.settings})
 
     return run
 
@@ -135,7 +135,7 @@ def loop_rungs(device: torch.device) -> list[Rung]:
     ]
 
 
-def plainly_evaluated(inputs: Inputs, *_: Any) -> Outcome:
+def plainly_evaluated(inputs: Inputs, *_: Any) -> Ended:
     model = inputs.model_copy()
     clean = DataLoader(plain.Pictures(inputs.data, NORMALIZE), loop_cases.BATCH)
     change = plain.pil_trigger(BadNets())
@@ -144,13 +144,13 @@ def plainly_evaluated(inputs: Inputs, *_: Any) -> Outcome:
     hit, others = plain.counts(
         model, DataLoader(attacked, loop_cases.BATCH), inputs.device, target=0
     )
-    return Outcome([right / total, hit / others], {"precision": "fp32"})
+    return Ended([right / total, hit / others], {"precision": "fp32"})
 
 
 def evaluated(precision: str) -> Run:
     """:func:`fst_fast.evaluate` in this precision."""
 
-    def run(inputs: Inputs, *_: Any) -> Outcome:
+    def run(inputs: Inputs, *_: Any) -> Ended:
         found = evaluate(
             inputs.model_copy(),
             inputs.device_loader(False),
@@ -160,7 +160,7 @@ def evaluated(precision: str) -> Run:
             precision=precision,
         )
         shares = [found.clean_accuracy, found.attack_success]
-        return Outcome(shares, {"precision": resolve_precision(precision, inputs.device)})
+        return Ended(shares, {"precision": resolve_precision(precision, inputs.device)})
 
     return run
 
@@ -173,7 +173,7 @@ def evaluate_rungs(device: torch.device) -> list[Rung]:
     ]
 
 
-def tuned_apart(found: Outcome, truth: Outcome, inputs: Inputs) -> str | None:
+def tuned_apart(found: Ended, truth: Ended, inputs: Inputs) -> str | None:
     """Why the tuned model is not plain's, or None."""
     share = TOLERANCE[found.how["precision"]]
     models = found.value, truth.value
@@ -199,7 +199,7 @@ def _mean_loss(model: nn.Module, inputs: Inputs) -> float:
     return (torch.stack(losses).sum() / len(inputs.data)).item()
 
 
-def shares_apart(found: Outcome, truth: Outcome, _: Inputs) -> str | None:
+def shares_apart(found: Ended, truth: Ended, _: Inputs) -> str | None:
     """Why clean accuracy and attack success are not plain's, or None."""
     most = SHARES_APART[found.how["precision"]]
     if all(abs(f - t) <= most for f, t in zip(found.value, truth.value, strict=True)):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from . import flops, ladder, machine, overhead, peers, suite, timing
-from .ladder import BASE, OURS, Outcome, Rung
+from .ladder import BASE, OURS, Ended, Rung
 from .loop_cases import Inputs, LoopCase
-from .suite import Settings
+from .suite import Checked, Facts, Settings
 
 METHOD = {
     "model": "ResNet-18 in its CIFAR form, random weights; an image's mean colour tells its class",
@@ -34,25 +34,15 @@ METHOD = {
 }
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Of a rung's first run and its check; ``reason`` says what is wrong, or is None."""
-
-    seconds: float
-    how: Mapping[str, Any]
-    reason: str | None
-
-
 def run(name: str, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the suite ``name``; returns the record."""
     return suite.run(
-        name, METHOD, settings, lambda case, rates: measure(case, rates, settings), say
+        name, METHOD, settings, lambda case, rates: measure_case(case, rates, settings), say
     )
 
 
-def measure(case: LoopCase, rates: Mapping[str, float], settings: Settings) -> dict[str, Any]:
+def measure_case(case: LoopCase, rates: Mapping[str, float], settings: Settings) -> dict[str, Any]:
     """Check every rung against plain, then time those that are right."""
-    load = machine.load_average()
     inputs = case.make_inputs(settings.device)
     wanted = [
         r
@@ -67,19 +57,14 @@ def measure(case: LoopCase, rates: Mapping[str, float], settings: Settings) -> d
         "shape": list(case.shape),
         "dtype": case.dtype,
         "variants": _timed(case, right, inputs, rates, settings),
-        "refused": [
-            {"variant": r.name, "ours": r.ours, "reason": found.reason}
-            for r, found in facts.items()
-            if found.reason is not None
-        ],
+        "refused": [f.row(rung) for rung, f in facts.items() if rung not in right],
         **(_looked_into(case, right, inputs) if case.op == "loop" else {}),
-        "load_average": {"before": load, "after": machine.load_average()},
     }
 
 
 def _timed(
     case: LoopCase,
-    right: Mapping[Rung, Facts],
+    right: Checked,
     inputs: Inputs,
     rates: Mapping[str, float],
     settings: Settings,
@@ -90,51 +75,47 @@ def _timed(
     blocks = suite.time_in_turn(expected, [(inputs, case)], settings)
     return [
         {
-            "variant": rung.name,
-            "ours": rung.ours,
-            "reason": None,
+            **found.row(rung),
             **timing.against(blocks, rung.name, BASE),
             "cold_us": 1e6 * found.seconds,
-            "how": dict(found.how),
-            "floor_us": flops.microseconds(case.flops, rates, found.how["precision"]),
+            "floor_us": flops.microseconds(case.flops, rates, found.told["how"]["precision"]),
         }
         for rung, found in right.items()
     ]
 
 
-def checked(case: LoopCase, rungs: list[Rung], inputs: Inputs) -> dict[Rung, Facts]:
+def checked(case: LoopCase, rungs: list[Rung], inputs: Inputs) -> Checked:
     """Run each rung once as it is timed, and once so that its result can be compared.
 
     Raises:
         ValueError, RuntimeError: plain itself fails; of another rung that is a finding.
     """
-    out: dict[Rung, Facts] = {}
-    truth: Outcome | None = None
-    for rung in rungs:
-        try:
-            machine.wait(inputs.device)
-            started = time.perf_counter()
-            first = rung.run(inputs, case, True, {})
-            machine.wait(inputs.device)
-            seconds = time.perf_counter() - started
-            found = rung.run(inputs, replace(case, epochs=1), False, first.how)
-        except (ValueError, RuntimeError) as error:
-            if truth is None:
-                raise
-            line = str(error).strip().partition("\n")[0]
-            out[rung] = Facts(0.0, {}, f"{type(error).__name__}: {line}")
-            continue
+    truth: Ended | None = None
+
+    def check(rung: Rung) -> Facts:
+        nonlocal truth
+        machine.wait(inputs.device)
+        started = time.perf_counter()
+        first = rung.run(inputs, case, True, {})
+        machine.wait(inputs.device)
+        seconds = time.perf_counter() - started
+        found = rung.run(inputs, replace(case, epochs=1), False, first.how)
         truth = truth or found
-        out[rung] = Facts(seconds, first.how, ladder.JUDGES[case.op](found, truth, inputs))
+        reason = ladder.JUDGES[case.op](found, truth, inputs)
+        return Facts(reason, seconds, {"how": dict(first.how)})
+
+    out = suite.check_each(rungs, check)
+    if truth is None:
+        raise RuntimeError(f"{BASE}: {next(iter(out.values())).reason}")
     return out
 
 
-def _looked_into(case: LoopCase, right: Mapping[Rung, Facts], inputs: Inputs) -> dict[str, Any]:
+def _looked_into(case: LoopCase, right: Checked, inputs: Inputs) -> dict[str, Any]:
     """Of plain and of purify as it comes: where the time of their steps goes."""
     out: dict[str, Any] = {"shares": {}, "overhead": None}
     for rung, found in right.items():
         if rung.name in (BASE, OURS):
-            out["shares"][rung.name] = overhead.shares(rung, inputs, case, found.how)
+            out["shares"][rung.name] = overhead.shares(rung, inputs, case, found.told["how"])
         if rung.name == OURS:
-            out["overhead"] = overhead.overhead(rung, inputs, case, found.how)
+            out["overhead"] = overhead.overhead(rung, inputs, case, found.told["how"])
     return out

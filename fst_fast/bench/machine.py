@@ -21,7 +21,7 @@ PEERS = ("triton", "liger-kernel", "cut-cross-entropy")
 FALLBACK_CACHE_BYTES = 32 * 2**20
 
 
-def measure(device: torch.device, quick: bool = False) -> dict[str, float]:
+def rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """Copy bandwidth (read + written); rates of torch.mm and a convolution: the best of a few."""
     size = COPY_BYTES // 4
     source, target = torch.randn(size, device=device), torch.empty(size, device=device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +40,56 @@ class Settings:
     quick: bool = False
     without: Collection[str] = ()
     keep: Callable[[Mapping[str, Any]], object] = lambda record: None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one checked call of a variant showed.
+
+    Attributes:
+        reason: what is wrong with the result, or None.
+        seconds: that it took, the first call's costs included.
+        told: what its row in the record says beside that.
+    """
+
+    reason: str | None
+    seconds: float = 0.0
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, variant: peers.Variant) -> dict[str, Any]:
+        return {"variant": variant.name, "ours": variant.ours, "reason": self.reason, **self.told}
+
+
+Checked = dict[Any, Facts]
+
+
+def check_each(found: Iterable[peers.Variant], check: Callable[[Any], Facts]) -> Checked:
+    """What each variant's call shows, of those that can run."""
+    peers.forget_compiled()
+    out: Checked = {}
+    for variant in found:
+        if variant.obstacle is not None:
+            continue
+        start = time.perf_counter()
+        try:
+            facts = check(variant)
+        # Whatever another's package raises is a finding, not the end of the run.
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            facts = Facts(f"{type(error).__name__}: {first}")
+        out[variant] = replace(facts, seconds=facts.seconds or time.perf_counter() - start)
+    return out
+
+
+def sides(
+    rows: Sequence[Mapping[str, Any]], refused: Checked, found: Iterable[peers.Variant]
+) -> dict[str, Any]:
+    """Of a case's record: the rows, and why others of the variants have none."""
+    return {
+        "variants": rows,
+        "refused": [facts.row(variant) for variant, facts in refused.items()],
+        "left_out": {v.name: v.obstacle for v in found if v.obstacle is not None},
+    }
 
 
 def run(
@@ -76,11 +127,14 @@ def run(
     try:
         for threads in settings.threads:
             torch.set_num_threads(threads)
-            rates = machine.measure(settings.device, settings.quick)
+            rates = machine.rates(settings.device, settings.quick)
             record["machine"].append({"threads": threads, **rates})
             for case in settings.cases:
                 say(f"{case}, threads: {threads}")
-                record["cases"].append({"threads": threads, **measure(case, rates)})
+                load = {"before": machine.load_average()}
+                found = measure(case, rates)
+                load["after"] = machine.load_average()
+                record["cases"].append({"threads": threads, **found, "load_average": load})
                 settings.keep(record)
     finally:
         torch.set_num_threads(threads_before)

@@ -27,7 +27,7 @@ class Column:
     Attributes:
         name: in files.
         kind: of its values, beside None.
-        value: of a cell.
+        source: the value's place in a :class:`~fst_fast.sweep.grid.Done`; None where that ends.
         heading: on the terminal; None does not show it there.
         text: of a row, on the terminal; None takes the value as it is.
         may_lack: None means that it was not measured.
@@ -35,10 +35,16 @@ class Column:
 
     name: str
     kind: type
-    value: Callable[[Done], Any]
+    source: str
     heading: str | None = None
     text: Callable[[Row], str] | None = None
     may_lack: bool = False
+
+    def value(self, done: Done) -> Any:
+        found: Any = done
+        for part in self.source.split("."):
+            found = None if found is None else getattr(found, part)
+        return found
 
     def plain(self, row: Row) -> str:
         return "" if row[self.name] is None else str(row[self.name])
@@ -59,49 +65,36 @@ def _ended(row: Row) -> str:
     return "failed" if row["error"] else "stopped" if row["stopped"] else "whole"
 
 
+_CLEAN, _ATTACK = "clean_accuracy", "attack_success"
+_ROBUST = _formatted("robust_accuracy", "{:.2f} %", 100)
 # Rates are in 0..1.
 COLUMNS = (
     # The path as the configuration has it, and the digest of that file.
-    Column("checkpoint", str, lambda done: done.cell.suspect.path, "checkpoint"),
-    Column("sha256", str, lambda done: done.cell.suspect.sha256),
-    Column("method", str, lambda done: done.cell.choice.name, "method"),
+    Column("checkpoint", str, "cell.suspect.path", "checkpoint"),
+    Column("sha256", str, "cell.suspect.sha256"),
+    Column("method", str, "cell.choice.name", "method"),
     # A number, "auto", or None for a method that takes none.
-    Column("alpha", object, lambda done: done.cell.choice.alpha, "alpha"),
-    Column("seed", int, lambda done: done.cell.seed, "seed"),
+    Column("alpha", object, "cell.choice.alpha", "alpha"),
+    Column("seed", int, "cell.seed", "seed"),
     # Those done; of ``fst`` with alpha "auto" four times as many as asked for.
-    Column("epochs", int, lambda done: len(done.result.history) if done.result else 0, "epochs"),
+    Column("epochs", int, "epochs", "epochs"),
     # On the test images, else on the tuning images.
-    Column("clean_accuracy_before", float, lambda done: done.before and done.before.clean_accuracy),
-    Column(
-        *("clean_accuracy_after", float, lambda done: done.after and done.after.clean_accuracy),
-        *("clean accuracy", _pair("clean_accuracy")),
-    ),
+    Column(f"{_CLEAN}_before", float, "before.clean_accuracy"),
+    Column(f"{_CLEAN}_after", float, "after.clean_accuracy", "clean accuracy", _pair(_CLEAN)),
     # None where no trigger is given, or no image of another class came.
+    Column(f"{_ATTACK}_before", float, "before.attack_success", may_lack=True),
     Column(
-        *("attack_success_before", float, lambda done: done.before and done.before.attack_success),
-        may_lack=True,
-    ),
-    Column(
-        *("attack_success_after", float, lambda done: done.after and done.after.attack_success),
-        *("attack success", _pair("attack_success"), True),
+        f"{_ATTACK}_after", float, "after.attack_success", "attack success", _pair(_ATTACK), True
     ),
     # The share of triggered images still classified as their label, after.
-    Column(
-        *("robust_accuracy", float, lambda done: done.after and done.after.robust_accuracy),
-        *("robust accuracy", _formatted("robust_accuracy", "{:.2f} %", 100), True),
-    ),
+    Column("robust_accuracy", float, "after.robust_accuracy", "robust accuracy", _ROBUST, True),
     # Between the head's final and original weight.
-    Column(
-        *("cosine", float, lambda done: done.result and done.result.head_shift.cosine),
-        *("cosine", _formatted("cosine", "{:+.3f}")),
-    ),
+    Column("cosine", float, "result.head_shift.cosine", "cosine", _formatted("cosine", "{:+.3f}")),
     # Of tuning.
-    Column(
-        *("seconds", float, lambda done: done.seconds, "seconds", _formatted("seconds", "{:.1f}")),
-    ),
+    Column("seconds", float, "seconds", "seconds", _formatted("seconds", "{:.1f}")),
     # Why the run ended early; why there is no purified model.
-    Column("stopped", str, lambda done: done.result and done.result.stopped),
-    Column("error", str, lambda done: done.error, "ended", _ended),
+    Column("stopped", str, "result.stopped"),
+    Column("error", str, "error", "ended", _ended),
 )
 
 

@@ -111,6 +111,11 @@ class Done:
     error: str | None = None
 
     @property
+    def epochs(self) -> int:
+        """Those done."""
+        return 0 if self.result is None else len(self.result.history)
+
+    @property
     def seconds(self) -> float | None:
         """Of tuning, in all runs that the cell took."""
         if self.result is None:

@@ -143,7 +143,7 @@ class EvidenceTable(Grid):
             **row,
             **self._woken(done.cell, done.model),
             "der": rating(done.before, done.after),
-            "epochs": len(done.result.history),
+            "epochs": done.epochs,
             "seconds": done.result.seconds,
             "cosine": done.result.head_shift.cosine,
             "stopped": done.result.stopped,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fst_fast.bench import __main__ as bench
-from fst_fast.bench import cases, check, head, machine, peers, timing
+from fst_fast.bench import cases, errors, head, machine, peers, suite, timing
 from fst_fast.ops import head_step_
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ QUICK = ["head", "--quick", "--shapes", "5,7,3", "--seconds", "0.01", "--device"
 @pytest.fixture
 def still(monkeypatch):
     """Neither the machine's rates nor memory are measured."""
-    monkeypatch.setattr(machine, "measure", lambda device, quick: RATES)
+    monkeypatch.setattr(machine, "rates", lambda device, quick: RATES)
     unmeasured = {"peak_extra_bytes": None, "kept_bytes": None, "extra_share": None}
     monkeypatch.setattr(head, "_memory", lambda *arguments: unmeasured)
 
@@ -119,9 +119,9 @@ def test_verdict_is_that_of_the_tests(dtype, share):
     eager = truth + torch.tensor([0, 0.25], dtype=torch.float64)
     bound = 2 * 0.25 + 8 * torch.finfo(dtype).eps
     got = (truth + torch.tensor([0, share * bound], dtype=torch.float64)).to(dtype)
-    measures = check.errors({"x": eager}, {"x": (None, truth)})
-    errors = check.errors({"x": got}, {"x": (None, truth)})
-    assert (check.verdict({"x": got}, errors, measures) is None) == (share < 1)
+    measures = errors.of({"x": eager}, {"x": (None, truth)})
+    found = errors.of({"x": got}, {"x": (None, truth)})
+    assert (errors.verdict({"x": got}, found, measures) is None) == (share < 1)
     try:
         tolerance.assert_no_worse_than_torch(got, eager, truth, name="x")
     except AssertionError:
@@ -135,7 +135,7 @@ def test_verdict_is_that_of_the_tests(dtype, share):
 )
 def test_missing_misshapen_and_nan_results_are_wrong(got):
     truth = {"x": (None, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))}
-    assert "x is off" in check.verdict({"x": got}, check.errors({"x": got}, truth), {"x": 0.1})
+    assert "x is off" in errors.verdict({"x": got}, errors.of({"x": got}, truth), {"x": 0.1})
 
 
 @pytest.mark.parametrize("huge", [False, True])
@@ -268,12 +268,12 @@ def test_huge_cases_and_slow_variants_are_left_out():
 
 def test_others_that_are_very_slow_are_called_once():
     def facts(seconds):
-        return head.Facts({}, None, seconds)
+        return suite.Facts(None, seconds)
 
     names = {"eager": (False, 1.0), "patient": (False, 1.9), "slow": (False, 2.1), "cpu": (True, 9)}
-    right = [(peers.Variant(n, None, ours), facts(s)) for n, (ours, s) in names.items()]
+    right = {peers.Variant(n, None, ours): facts(s) for n, (ours, s) in names.items()}
     kept, slow = head.without_the_slow(right)
-    assert [variant.name for variant, _ in kept] == ["eager", "patient", "cpu"]
-    ((variant, found),) = slow
+    assert [variant.name for variant in kept] == ["eager", "patient", "cpu"]
+    ((variant, found),) = slow.items()
     assert variant.name == "slow"
     assert found.reason == "one call took 2.1 s, eager's 1.0 s; not timed again"

@@ -58,7 +58,7 @@ def test_the_first_run_is_the_cold_one():
 @pytest.fixture
 def small(monkeypatch):
     """The digits' job on a few images and an untrained network."""
-    monkeypatch.setattr(machine, "measure", lambda device, quick: RATES)
+    monkeypatch.setattr(machine, "rates", lambda device, quick: RATES)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(24) % 10, tuple("0123456789"))

@@ -19,7 +19,7 @@ QUICK += ["--variants", "reference,cpu"]
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(machine, "measure", lambda device, quick: RATES)
+    monkeypatch.setattr(machine, "rates", lambda device, quick: RATES)
     monkeypatch.setattr(inject_cases, "DATASET_BYTES", 20_000)
     inject_cases._store.cache_clear()
     yield
@@ -42,7 +42,7 @@ def test_every_variant_makes_the_reference_s_batch(family, dtype):
     assert {"pil", "torch", "torchvision_v2", "reference"} <= {v.name for v in right}
     for variant, facts in right.items():
         if variant.inexact is None:
-            assert facts.differing == 0, variant.name
+            assert facts.told["differing"] == 0, variant.name
 
 
 @pytest.mark.parametrize("family", inject_cases.FAMILIES)
@@ -192,7 +192,7 @@ def test_a_baseline_can_be_left_out(capsys):
 
 
 def test_a_run_that_is_cut_off_leaves_the_cases_before(monkeypatch, tmp_path, capsys):
-    real, seen = inject.measure, []
+    real, seen = inject.measure_case, []
 
     def measure(case, settings):
         if seen:
@@ -200,13 +200,13 @@ def test_a_run_that_is_cut_off_leaves_the_cases_before(monkeypatch, tmp_path, ca
         seen.append(case)
         return real(case, settings)
 
-    monkeypatch.setattr(inject, "measure", measure)
+    monkeypatch.setattr(inject, "measure_case", measure)
     with pytest.raises(KeyboardInterrupt):
         bench.main([*QUICK, "--record", str(tmp_path)])
     (left,) = tmp_path.rglob("*.*")
     assert left.name == "inject.unfinished"
     assert [case["family"] for case in json.loads(left.read_text())["cases"]] == ["plain"]
     # A whole record takes its place.
-    monkeypatch.setattr(inject, "measure", real)
+    monkeypatch.setattr(inject, "measure_case", real)
     assert bench.main([*QUICK, "--families", "plain", "--record", str(tmp_path)]) == 0
     assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]

@@ -19,7 +19,7 @@ RATES = {"copy_gb_per_s": 10.0, "fp32_gflop_per_s": 100.0, "bf16_gflop_per_s": 2
 
 @pytest.fixture(autouse=True)
 def _still(monkeypatch):
-    monkeypatch.setattr(machine, "measure", lambda device, quick: RATES)
+    monkeypatch.setattr(machine, "rates", lambda device, quick: RATES)
     monkeypatch.setattr(loop_cases, "BATCH", 8)
     # One image of so few is four percent.
     monkeypatch.setitem(ladder.SHARES_APART, "bf16", 0.1)
@@ -117,7 +117,7 @@ def test_on_a_gpu_there_are_graphs_of_one_step_and_of_several(monkeypatch):
 
 def test_a_rung_that_ends_elsewhere_is_refused(capsys, monkeypatch):
     def lazy(inputs, case, drawn, how):
-        return ladder.Outcome(inputs.model_copy(), {"precision": "fp32"})
+        return ladder.Ended(inputs.model_copy(), {"precision": "fp32"})
 
     monkeypatch.setattr(ladder, "purified", lambda **options: lazy)
     status, record = run(capsys, "loop", "--variants", "purify")
@@ -141,7 +141,7 @@ def test_a_rung_that_fails_is_refused(capsys, monkeypatch):
 
 
 def test_an_evaluation_that_counts_wrong_is_refused(capsys, monkeypatch):
-    wrong = ladder.Outcome([0.5, 0.5], {"precision": "fp32"})
+    wrong = ladder.Ended([0.5, 0.5], {"precision": "fp32"})
     monkeypatch.setattr(ladder, "evaluated", lambda precision: lambda *_: wrong)
     status, record = run(capsys, "evaluate")
     assert status == 1

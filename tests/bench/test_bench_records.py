@@ -12,6 +12,7 @@ import torch
 
 from fst_fast.bench import __main__ as bench
 from fst_fast.bench import cases, head, machine, memory, records
+from fst_fast.cli import main as cli
 
 CPU = torch.device("cpu")
 SHAPE = ["--shapes", "5,7,3", "--seconds", "0.01", "--quick"]
@@ -177,7 +178,7 @@ def test_a_dead_child_is_said_and_the_next_one_started(monkeypatch):
 
 
 def test_machine_is_measured():
-    rates = machine.measure(CPU, quick=True)
+    rates = machine.rates(CPU, quick=True)
     dtypes = ("fp32", "bf16", "fp32_conv", "bf16_conv")
     assert set(rates) == {"copy_gb_per_s", *(f"{dtype}_gflop_per_s" for dtype in dtypes)}
     # A machine of this century, and no supercomputer.
@@ -188,11 +189,11 @@ def test_machine_is_measured():
 
 def test_threads_are_put_back(monkeypatch):
     monkeypatch.setattr(
-        machine, "measure", lambda device, quick: {"copy_gb_per_s": 1.0, "fp32_gflop_per_s": 1.0}
+        machine, "rates", lambda device, quick: {"copy_gb_per_s": 1.0, "fp32_gflop_per_s": 1.0}
     )
     before = torch.get_num_threads()
     settings = head.Settings(device=CPU, cases=[cases.StepCase(2, 3)], threads=[before + 1])
-    monkeypatch.setattr(head, "measure", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(head, "measure_case", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         head.run(settings, say=lambda text: None)
     assert torch.get_num_threads() == before
@@ -213,7 +214,7 @@ def test_threads_are_put_back(monkeypatch):
 )
 @pytest.mark.parametrize("command", ["module", "fst-fast"])
 def test_wrong_arguments(capsys, command, arguments, status, message):
-    main = bench.main if command == "module" else lambda rest: main.main(["bench", *rest])
+    main = bench.main if command == "module" else lambda rest: cli.main(["bench", *rest])
     try:
         got = main(arguments)
     except SystemExit as stop:

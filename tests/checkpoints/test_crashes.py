@@ -21,7 +21,7 @@ def test_nothing_done_is_lost():
 PLANTED = """
 import os, tempfile
 from hostile import crashes, injector
-from fst_fast import resume
+from fst_fast.tuning import resume
 
 def in_place(path, data):
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb") as file:

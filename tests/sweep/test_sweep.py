@@ -279,8 +279,8 @@ def test_csv_keeps_every_digit(tmp_path):
 
 def test_a_column_is_one_entry(tmp_path, monkeypatch, capsys):
     """In the file, in the manifest and on the terminal."""
-    more = columns.Column("norm", float, lambda done: done.result and done.result.head_shift.norm)
-    shown = columns.Column("tested", int, lambda done: done.after and done.after.images, "tested")
+    more = columns.Column("norm", float, "result.head_shift.norm")
+    shown = columns.Column("tested", int, "after.images", "tested")
     monkeypatch.setattr(columns, "COLUMNS", (*columns.COLUMNS, more, shown))
     config = write_sweep(tmp_path / "a", 1, methods=["lp"], alphas=None)
     assert sweep(config) == 0

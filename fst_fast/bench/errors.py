@@ -16,7 +16,7 @@ from torch import Tensor
 from .cases import Truth
 
 
-def errors(got: Mapping[str, Tensor | None], truth: Truth) -> dict[str, float]:
+def of(got: Mapping[str, Tensor | None], truth: Truth) -> dict[str, float]:
     """One error per result; infinite where a result is missing or has another shape."""
     out = {}
     for name, (rows, value) in truth.items():
