@@ -11,15 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-from rich.table import Table
-
+from fst_fast.bench import table
 from fst_fast.bench.table import time as microseconds
-from fst_fast.tuning.progress import table_console
 
 THRESHOLD = 1.10
 SPEEDUP = "speedup_over_"
 # Of the device, what makes the times of two records comparable.
 SAME = ("type", "name")
+HEADER = ("case", "variant", "A", "B", "B / A", "against the baseline")
 
 
 class IncomparableError(ValueError):
@@ -136,15 +135,15 @@ def failure(row, threshold):
 
 
 def show(rows):
-    table = Table("case", "variant", "A", "B", "B / A", "against the baseline")
+    shown = []
     for row in rows:
         times = [microseconds(r["p50_us"]) if r else "" for r in (row["old"], row["new"])]
         ratios = ["", ""]
         if row["old"] and row["new"]:
             against = ", ".join(f"{base} {ratio:.2f}" for base, ratio in row["against"].items())
             ratios = [f"{row['times']:.2f}", against]
-        table.add_row(row["case"], row["variant"], *times, *ratios)
-    table_console().print(table, highlight=False)
+        shown.append([row["case"], row["variant"], *times, *ratios])
+    table.show(HEADER, shown)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,30 +11,84 @@ from . import table
 from .records import commit_of
 from .table import error_ratio, percent, size, spread, time
 
-HEAD_COLUMNS = (
-    "case",
-    "variant",
-    "p20",
-    "p50",
-    "p80",
-    "x eager",
-    "hot p50",
-    "x eager, hot",
-    "error / eager's",
-    "extra memory",
+Row = dict[str, Any]
+# A heading, and what stands below it, of a variant's row and its case.
+Column = tuple[str, Callable[[Row, Row], str]]
+
+
+def _us(heading: str, key: str = "") -> Column:
+    return heading, lambda row, case: time(row[f"{key or heading}_us"])
+
+
+def _times_as_fast(base: str, heading: str = "") -> Column:
+    def text(row: Row, case: Row) -> str:
+        ratio = row.get(f"speedup_over_{base}")
+        return "" if ratio is None else f"{ratio:.2f}"
+
+    return f"x {heading or base}", text
+
+
+def _hot(heading: str, text: Callable[[Row], str]) -> Column:
+    return heading, lambda row, case: text(row["hot"]) if row["hot"] else ""
+
+
+def _error(row: Row, case: Row) -> str:
+    eager = next((r["errors"] for r in case["variants"] if r["variant"] == "eager"), None)
+    return error_ratio(row["errors"], eager)
+
+
+def _memory(row: Row, case: Row) -> str:
+    return "?" if row["peak_extra_bytes"] is None else size(row["peak_extra_bytes"])
+
+
+def _exact(row: Row, case: Row) -> str:
+    if row["differing"]:
+        return f"{row['differing']:.0e} differ, by up to {row['levels']:.1g} levels"
+    return "" if row["differing"] is None else "every bit"
+
+
+def _between(heading: str) -> Column:
+    return heading, lambda row, case: " - ".join(f"{r:.2f}" for r in row["speedup_range_plain"])
+
+
+def _rate(heading: str, key: str) -> Column:
+    return heading, lambda row, case: spread(row[key])
+
+
+VARIANT: Column = ("variant", lambda row, case: row["variant"])
+PRECISION: Column = ("precision", lambda row, case: row["how"]["precision"])
+OF_FLOOR: Column = (
+    "of floor's speed",
+    lambda row, case: percent(row["floor_us"] / row["p50_us"], 0),
 )
-INJECT_COLUMNS = (
-    *("case", "variant", "p20", "p50", "p80", "x PIL", "x torch"),
-    *("GB/s", "of copy's", "same as the reference"),
+LOOP = (
+    *(VARIANT, _us("cold"), _us("p20"), _us("p50"), _us("p80"), _times_as_fast("plain")),
+    *(_between("by round"), PRECISION, _us("floor"), OF_FLOOR),
 )
-LOOP_COLUMNS = (
-    *("case", "variant", "cold", "p20", "p50", "p80", "x plain", "by round"),
-    *("precision", "floor", "of floor's speed"),
-)
-END2END_COLUMNS = (
-    *("case", "variant", "cold", "warm", "tuning", "measuring", "x plain", "by seed"),
-    *("clean accuracy", "attack success", "precision", "of floor's speed"),
-)
+COLUMNS: dict[str, Sequence[Column]] = {
+    "head": (
+        ("variant", lambda row, case: row["variant"] + ((row["reason"] and " (inaccurate)") or "")),
+        *(_us("p20"), _us("p50"), _us("p80"), _times_as_fast("eager")),
+        _hot("hot p50", lambda hot: time(hot["p50_us"])),
+        _hot("x eager, hot", lambda hot: f"{hot['speedup_over_eager']:.2f}"),
+        *(("error / eager's", _error), ("extra memory", _memory)),
+    ),
+    "inject": (
+        *(VARIANT, _us("p20"), _us("p50"), _us("p80")),
+        *(_times_as_fast("pil", "PIL"), _times_as_fast("torch")),
+        ("GB/s", lambda row, case: f"{row['gb_per_s']:.2f}"),
+        ("of copy's", lambda row, case: percent(case["floor"]["us"] / row["p50_us"], 0)),
+        ("same as the reference", _exact),
+    ),
+    "loop": LOOP,
+    "evaluate": LOOP,
+    "end2end": (
+        *(VARIANT, _us("cold"), _us("warm", "p50"), _us("tuning", "tune")),
+        *(_us("measuring", "evaluate"), _times_as_fast("plain"), _between("by seed")),
+        _rate("clean accuracy", "clean_accuracy"),
+        *(_rate("attack success", "attack_success"), PRECISION, OF_FLOOR),
+    ),
+}
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
@@ -49,15 +104,19 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
     for name, load in record["load_average"].items():
         if load:
             lines.append(f"load average {name}: {load[0]:.2f}")
-    columns, make_rows = _SUITES[record["suite"]]
+    columns = COLUMNS[record["suite"]]
     sections = []
     for case in record["cases"]:
-        title, rows = _title(case), make_rows(case)
+        title, empty = _title(case), [""] * len(columns)
+        rows = [[text(row, case) for _, text in columns] for row in case["variants"]]
+        for row in case["refused"]:
+            rows.append([f"{row['variant']} refused: {row['reason']}", *empty[1:]])
         # The title has three lines.
-        rows += [[""] * (len(columns) - 1)] * (3 - len(rows))
+        rows += [empty] * (3 - len(rows))
         sections.append([[title[i] if i < 3 else "", *cells] for i, cells in enumerate(rows)])
     notes = [note for case in record["cases"] for note in _notes(case)]
-    table.show(columns, *sections, lines=lines, notes=notes, console=console)
+    header = ["case", *(heading for heading, _ in columns)]
+    table.show(header, *sections, lines=lines, notes=notes, console=console)
 
 
 def name(case: dict[str, Any]) -> str:
@@ -73,81 +132,6 @@ def _title(case: dict[str, Any]) -> list[str]:
         f"{shape} {case['dtype']}, {threads}",
         f"floor {time(case['floor']['us'])}",
     ]
-
-
-def _head_rows(case: dict[str, Any]) -> list[list[str]]:
-    eager = next((row["errors"] for row in case["variants"] if row["variant"] == "eager"), None)
-    rows = []
-    for row in case["variants"]:
-        name = row["variant"] + ("" if row["reason"] is None else " (inaccurate)")
-        extra = "?" if row["peak_extra_bytes"] is None else size(row["peak_extra_bytes"])
-        rows.append(
-            [
-                name,
-                *(time(row[f"{p}_us"]) for p in ("p20", "p50", "p80")),
-                f"{row['speedup_over_eager']:.2f}",
-                time(row["hot"]["p50_us"]) if row["hot"] else "",
-                f"{row['hot']['speedup_over_eager']:.2f}" if row["hot"] else "",
-                error_ratio(row["errors"], eager),
-                extra,
-            ]
-        )
-    return rows + _refused(case, len(HEAD_COLUMNS))
-
-
-def _inject_rows(case: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for row in case["variants"]:
-        ratios = [row.get(f"speedup_over_{base}") for base in ("pil", "torch")]
-        exact = "" if row["differing"] is None else "every bit"
-        if row["differing"]:
-            exact = f"{row['differing']:.0e} differ, by up to {row['levels']:.1g} levels"
-        rows.append(
-            [
-                row["variant"],
-                *(time(row[f"{p}_us"]) for p in ("p20", "p50", "p80")),
-                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                f"{row['gb_per_s']:.2f}",
-                f"{100 * case['floor']['us'] / row['p50_us']:.0f} %",
-                exact,
-            ]
-        )
-    return rows + _refused(case, len(INJECT_COLUMNS))
-
-
-def _loop_rows(case: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            row["variant"],
-            *(time(row[f"{p}_us"]) for p in ("cold", "p20", "p50", "p80")),
-            *_ratio(row),
-            row["how"]["precision"],
-            time(row["floor_us"]),
-            percent(row["floor_us"] / row["p50_us"], 0),
-        ]
-        for row in case["variants"]
-    ]
-    return rows + _refused(case, len(LOOP_COLUMNS))
-
-
-def _end2end_rows(case: dict[str, Any]) -> list[list[str]]:
-    rows = [
-        [
-            row["variant"],
-            *(time(row[f"{part}_us"]) for part in ("cold", "p50", "tune", "evaluate")),
-            *_ratio(row),
-            *(spread(row[name]) for name in ("clean_accuracy", "attack_success")),
-            row["how"]["precision"],
-            percent(row["floor_us"] / row["p50_us"], 0),
-        ]
-        for row in case["variants"]
-    ]
-    return rows + _refused(case, len(END2END_COLUMNS))
-
-
-def _ratio(row: dict[str, Any]) -> list[str]:
-    between = " - ".join(f"{ratio:.2f}" for ratio in row["speedup_range_plain"])
-    return [f"{row['speedup_over_plain']:.2f}", between]
 
 
 def _notes(case: dict[str, Any]) -> list[str]:
@@ -172,19 +156,3 @@ def _notes(case: dict[str, Any]) -> list[str]:
             f"{case['family']} before: clean accuracy {accuracy}, attack success {success}"
         )
     return lines
-
-
-def _refused(case: dict[str, Any], columns: int) -> list[list[str]]:
-    return [
-        [f"{row['variant']} refused: {row['reason']}", *[""] * (columns - 2)]
-        for row in case["refused"]
-    ]
-
-
-_SUITES = {
-    "head": (HEAD_COLUMNS, _head_rows),
-    "inject": (INJECT_COLUMNS, _inject_rows),
-    "loop": (LOOP_COLUMNS, _loop_rows),
-    "evaluate": (LOOP_COLUMNS, _loop_rows),
-    "end2end": (END2END_COLUMNS, _end2end_rows),
-}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def variants(
     for backend in peers.OURS:
         obstacle = peers._our_obstacle(case.op, device, backend)
         found.append(InjectVariant(backend, _ours(backend), ours=True, obstacle=obstacle))
-    found += [_in_graph(v, device) for v in found if v.name in _GRAPHED]
+    found += [peers.in_graph(v, device) for v in found if v.name in _GRAPHED]
     if wanted is None:
         return found
     return [variant for variant in found if variant.name in (*BASELINES, *wanted)]
@@ -85,11 +85,6 @@ def _other(name: str, make: Maker, check: Maker, **options: Any) -> InjectVarian
     missing = package is not None and importlib.util.find_spec(package) is None
     obstacle = f"{package} is not installed" if missing else None
     return InjectVariant(name, make, obstacle=obstacle, check=check, **options)
-
-
-def _in_graph(variant: InjectVariant, device: torch.device) -> InjectVariant:
-    obstacle = variant.obstacle or (None if device.type == "cuda" else "needs a GPU")
-    return replace(variant, name=f"{variant.name}_graph", obstacle=obstacle, graph=True)
 
 
 def _ours(backend: str) -> Maker:

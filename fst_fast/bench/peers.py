@@ -7,8 +7,8 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class Variant:
     graph: bool = False
 
 
+AnyVariant = TypeVar("AnyVariant", bound=Variant)
+
+
 def variants(case: Case, device: torch.device, wanted: list[str] | None = None) -> list[Variant]:
     """Every variant of the case's op, eager first; those that cannot run say why."""
     makers = _losses() if isinstance(case, LossCase) else _steps()
@@ -49,7 +52,7 @@ def variants(case: Case, device: torch.device, wanted: list[str] | None = None) 
         obstacle = _our_obstacle(case.op, device, backend)
         make = _our_loss(backend) if isinstance(case, LossCase) else _our_step(backend)
         found.append(Variant(backend, make, ours=True, obstacle=obstacle))
-    found += [_in_graph(variant, device) for variant in found if variant.name in _GRAPHED]
+    found += [in_graph(variant, device) for variant in found if variant.name in _GRAPHED]
     if wanted is not None:
         return [variant for variant in found if variant.name in ("eager", *wanted)]
     if not (case.huge and device.type == "cpu"):
@@ -70,9 +73,10 @@ def known() -> list[str]:
 _GRAPHED = ("eager", "sgd_fused", "triton", "cuda")
 
 
-def _in_graph(variant: Variant, device: torch.device) -> Variant:
+def in_graph(variant: AnyVariant, device: torch.device) -> AnyVariant:
+    """The variant, captured in a CUDA graph."""
     obstacle = variant.obstacle or (None if device.type == "cuda" else "needs a GPU")
-    return Variant(f"{variant.name}_graph", variant.make, variant.ours, obstacle, graph=True)
+    return replace(variant, name=f"{variant.name}_graph", obstacle=obstacle, graph=True)
 
 
 def _obstacle(name: str, device: torch.device) -> str | None:

@@ -45,13 +45,14 @@ def _normalization(value: Any) -> str | Normalization:
         return value
     expected = f"one of {', '.join(NORMALIZATIONS)} or [[means], [standard deviations]]"
     try:
-        means, stds = ([float(v) for v in part if not isinstance(v, str)] for part in value)
+        means, stds = (list(part) for part in value)
+        finite = all(math.isfinite(v) and not isinstance(v, bool) for v in means + stds)
+    # Text, and whole numbers beyond a float's.
     except (TypeError, ValueError, OverflowError):
         raise unfit(expected, "write numbers, such as [[0.5], [0.2]]") from None
-    fits = means and len(means) == len(stds) and min(stds) > 0
-    if isinstance(value, str) or not fits or not all(map(math.isfinite, means + stds)):
+    if not finite or not means or len(means) != len(stds) or min(stds) <= 0:
         raise unfit(expected, "as many deviations as means, each > 0")
-    return means, stds
+    return [float(v) for v in means], [float(v) for v in stds]
 
 
 def _in_folder(value: Any, info: ValidationInfo) -> Path:

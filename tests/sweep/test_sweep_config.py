@@ -70,6 +70,8 @@ def refused(path, *texts):
         ({"augment": "flip"}, ["augment must be one of none, cifar"]),
         ({"normalize": "cifar"}, ["normalize must be one of none, cifar10", "[[means]"]),
         ({"normalize": [[0.5], [0]]}, ["normalize must be one of", "each > 0"]),
+        ({"normalize": [[0.5], [True]]}, ["normalize must be one of", "each > 0"]),
+        ({"normalize": [["a", 0.5], [0.2, 0.2]]}, ["normalize must be one of", "write numbers"]),
         ({"arch_options": [4]}, ["arch_options must be a mapping of names to values, got [4]"]),
         (
             {"checkpoints": ["a.pt", "./a.pt"]},
