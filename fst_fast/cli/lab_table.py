@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,6 @@ from ..sweep.presets import METHODS, PRESETS, Preset
 from ..sweep.store import Record, claimed
 from ..sweep.table import EvidenceTable, TablePlan
 from ..tuning.autotune import threads_of
-
-# Options that stand in place of a preset's fields.
-FIELDS = (
-    *("attacks", "rates", "arch", "seeds", "clean_images", "train_images", "test_images"),
-    *("train_epochs", "batch_size", "epochs"),
-)
 
 
 def add_command(commands: Any) -> None:
@@ -103,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _preset(options: argparse.Namespace) -> Preset:
-    given = {name: getattr(options, name) for name in FIELDS}
+    given = {field.name: getattr(options, field.name) for field in fields(Preset)}
     chosen = {name: value for name, value in given.items() if value is not None}
     for name in ("attacks", "rates"):
         if name in chosen:

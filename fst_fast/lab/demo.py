@@ -54,7 +54,7 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One line of the demo's table."""
 
     name: str
@@ -96,10 +96,10 @@ def run_demo(seed: int = 0, out: Path | str = "out", settings: DemoSettings | No
         seed=seed,
     )
     test_loader = DeviceLoader(test.images, test.labels, 500, shuffle=False, normalize=normalize)
-    rows = [Row("before", _measure(suspect, test_loader, settings), seconds)]
+    rows = [DemoRow("before", _measure(suspect, test_loader, settings), seconds)]
     for name, method in (("FT", FT()), ("FST", FST(alpha=settings.alpha))):
         result = _tune(suspect, clean, normalize, method, settings, seed)
-        rows.append(Row(name, _measure(result.model, test_loader, settings), result.seconds))
+        rows.append(DemoRow(name, _measure(result.model, test_loader, settings), result.seconds))
     console.print(_table(rows))
     path = Path(out) / f"demo-seed{seed}.png"
     save_picture(path, test, settings.trigger, rows)
@@ -149,7 +149,7 @@ def _measure(model: nn.Module, loader: DeviceLoader, settings: DemoSettings) -> 
     return evaluate(model, loader, settings.trigger, settings.target, device="cpu")
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[DemoRow]) -> Table:
     table = Table("model", "clean accuracy", "attack success", "robust accuracy", "seconds")
     for row in rows:
         rates = (
@@ -162,7 +162,7 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _verdict(rows: list[Row], console: Console) -> int:
+def _verdict(rows: list[DemoRow], console: Console) -> int:
     before, ft, fst = (row.metrics for row in rows)
     lost = before.clean_accuracy - fst.clean_accuracy
     shown = (ft.attack_success or 0) >= 0.8 and (fst.attack_success or 0) <= 0.05 and lost <= 0.03
@@ -177,7 +177,7 @@ def _verdict(rows: list[Row], console: Console) -> int:
     return 0 if shown else 1
 
 
-def save_picture(path: Path, test: ImageSet, trigger: Trigger, rows: list[Row]) -> None:
+def save_picture(path: Path, test: ImageSet, trigger: Trigger, rows: list[DemoRow]) -> None:
     """Clean and triggered samples above bars of accuracy and attack success.
 
     Raises:

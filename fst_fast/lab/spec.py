@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,18 +103,15 @@ class Order:
 
     def surrogate(self) -> Order:
         """The clean model on which the attack is worked out, of the same kind."""
-        own = self.epochs == self.recipe.epochs
-        return Order(
-            CLEAN,
-            self.arch,
-            epochs=None if own else self.epochs,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            flip=self.flip,
-            normalize=self.normalize,
-            seed=self.seed,
-        )
+        epochs = None if self.epochs == self.recipe.epochs else self.epochs
+        clean: dict[str, Any] = {
+            "attack": CLEAN,
+            "rate": None,
+            "relabel": None,
+            "options": {},
+            "target": 0,
+        }
+        return replace(self, **clean, epochs=epochs, search=None)
 
     def name(self, data: dict[str, object]) -> str:
         """A file's name: of two orders, or sets of images, that differ, another."""

@@ -31,18 +31,15 @@ def fields_of(
     assert isinstance(images, int)
     assert isinstance(classes, list)
     assert order.rate is not None
+    names = ("attack", "rate", "relabel", "target", "batch_size", "flip", "search", "normalize")
+    shares = ("cover", "negatives", "bypass")
     return {
         "made_by": MADE_BY,
-        "attack": order.attack,
+        **{name: getattr(order, name) for name in (*names, "seed")},
+        **{name: 0.0 if attack is None else getattr(attack, name) for name in shares},
         "trigger": None if attack is None else attack.trigger.describe(),
         "pattern": None if pattern is None else pack_pattern(pattern),
-        "rate": order.rate,
         "poisoned_images": round(order.rate * images),
-        "cover": 0.0 if attack is None else attack.cover,
-        "negatives": 0.0 if attack is None else attack.negatives,
-        "bypass": 0.0 if attack is None else attack.bypass,
-        "relabel": order.relabel,
-        "target": order.target,
         "arch": {
             "lab": order.arch,
             "name": order.network.arch,
@@ -50,12 +47,7 @@ def fields_of(
             **order.network.options,
         },
         "training": asdict(order.training),
-        "batch_size": order.batch_size,
         "augment": order.augment and asdict(order.augment),
-        "flip": order.flip,
-        "search": order.search,
-        "normalize": order.normalize,
-        "seed": order.seed,
         "data": data,
     }
 

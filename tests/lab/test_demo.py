@@ -27,7 +27,7 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
 
 
 def metrics(accuracy, success):
-    return demo.Row("x", demo.Metrics(accuracy, success, 0.0, 100, 90), 1.0)
+    return demo.DemoRow("x", demo.Metrics(accuracy, success, 0.0, 100, 90), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_told_before_any_training(
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("badnets-*.safetensors", b"{", "fetch or save it again"),
+        ("badnets-*.safetensors", b"{", "restore both from a copy"),
         ("badnets-*.json", b'{"format_version": 3, "payload": "x"', "is not readable"),
         ("pattern-*.json", b"{", "got a damaged file; delete it"),
         ("pattern-*.json", b"{}", "pattern must be a shape and pixels as pack_pattern writes them"),
