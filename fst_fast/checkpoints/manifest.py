@@ -44,11 +44,13 @@ class Checked(NamedTuple):
 def seal(fields: Mapping[str, Any], name: str, payload: bytes) -> tuple[bytearray, dict[str, Any]]:
     """Put the caller's fields into a payload's header; returns the payload and the JSON's fields.
 
+    What a clock says is not in the header, so that the same weights make the same file.
     The latter add what describes the payload. ``manifest_sha256`` is the SHA-256 of dump_json() of
     all other fields.
     """
     facts = dict(fields) | {"format": FORMAT, "format_version": FORMAT_VERSION}
-    short = {key: value for key, value in facts.items() if len(json.dumps(value)) <= _MOST_TEXT}
+    lasting = {key: _lasting(value) for key, value in facts.items() if key != "seconds"}
+    short = {key: value for key, value in lasting.items() if len(json.dumps(value)) <= _MOST_TEXT}
     end = 8 + int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8:end])
     told = {_DIGEST: _ZEROS.decode(), _FACTS: json.dumps(short, allow_nan=False, sort_keys=True)}
@@ -133,10 +135,17 @@ def check(payload: Path) -> Checked:
         digest, recorded = sha256(payload), str(fields.get("sha256"))[:64]
         wrong = None if recorded == digest else f"SHA-256 {digest}, recorded {recorded!r}"
         return Checked(fields, wrong)
-    apart = sorted(key for key in facts if fields.get(key) != facts[key])
+    apart = sorted(key for key in facts if _lasting(fields.get(key)) != facts[key])
     if not apart:
         return Checked(fields)
     return Checked(facts, None, f"{payload.stem}.json is another model's ({', '.join(apart[:5])})")
+
+
+def _lasting(value: Any) -> Any:
+    """The value without any ``seconds``, which the JSON alone has: same seed, same file."""
+    if isinstance(value, dict):
+        return {key: _lasting(item) for key, item in value.items() if key != "seconds"}
+    return [_lasting(item) for item in value] if isinstance(value, list) else value
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..sweep import run_sweep
+from .. import sweep
 
 
 def add_command(commands: Any) -> None:
@@ -25,7 +25,8 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; Ctrl-C is no error."""
     try:
-        return run_sweep(options.config, retry_failed=options.retry_failed, quiet=options.quiet)
+        settings = {"retry_failed": options.retry_failed, "quiet": options.quiet}
+        return int(sweep.run_sweep(options.config, **settings))
     except KeyboardInterrupt:
         print("fst-fast sweep: stopped; the same command goes on", file=sys.stderr)
         return 1

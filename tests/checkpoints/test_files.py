@@ -113,6 +113,18 @@ def test_a_copy_that_differs_is_said(tmp_path):
     assert manifest.check(path) == (manifest.header_facts(path), None, None)
 
 
+def test_what_a_clock_says_is_in_the_copy_alone(tmp_path):
+    path = tmp_path / "m.safetensors"
+    bytes_of = []
+    for seconds in (1.5, 2.5):
+        history = [{"loss": 1.0, "seconds": seconds}]
+        save(path, {"w": torch.ones(3)}, {"history": history, "seconds": seconds})
+        bytes_of.append(path.read_bytes())
+        assert manifest.check(path).facts["seconds"] == seconds
+        assert manifest.check(path).note is None
+    assert bytes_of[0] == bytes_of[1]
+
+
 def test_a_fact_too_long_for_a_header_is_in_the_copy(tmp_path):
     path = tmp_path / "m.safetensors"
     history = ["x" * 1000] * 1000

@@ -49,12 +49,8 @@ def kill_after(child, out, cells, seconds):
 
 
 def weights(out):
-    """Every bit of them, without the headers, which hold the seconds that they took."""
     return {
-        path.parent.name: {
-            name: value.numpy().tobytes()
-            for name, value in checkpoints.read_state_dict(path).items()
-        }
+        path.parent.name: checkpoints.sha256(path)
         for path in sorted(out.glob("cells/*/purified.safetensors"))
     }
 
