@@ -20,7 +20,7 @@ from ..lab.demo import run_demo
 from ..measure.evaluate import evaluate
 from ..ops import backends
 from ..tuning import profiling
-from ..tuning.arguments import labels_fault
+from ..tuning.labels_check import labels_fault
 from ..tuning.purify import purify
 from . import inputs, inspect, lab, report, sweep
 from . import triggers as zoo

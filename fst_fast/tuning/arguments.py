@@ -3,20 +3,210 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-HALVES = (torch.float16, torch.bfloat16)
+from ..data import arguments
+from ..data.batches import Batches, check_batch
+from ..heads.contexts import evaluating, restored
+from ..heads.find import logits_of
+from ..methods.probabilities import are_probabilities
 
-# Of a model's recall over what guessing gives, in share of what is left above that.
-_ABOVE_CHANCE = 0.1
-# What share of a label's images must have one answer for that to be its class.
-_AGREES = 0.4
-# A label of so many images or more, of which such a share has one other answer, is another class.
-_FEWEST, _SURELY = 5, 0.7
-_SHOWN = 5
+HALVES = (torch.float16, torch.bfloat16)
+# What a purified model may lose on clean images without a word, in share of them.
+MOST_LOST = 0.03
+_LOAD = "use fst_fast.load(path, arch=...)"
+
+
+def check_model(model: object, where: str = "purify") -> nn.Module:
+    """The model; raises ValueError for what is none, or has nothing to tune."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{where}: model must be the Python module, got TorchScript, whose layers cannot be "
+            "tuned here; build its architecture and load the state dict of the program"
+        )
+    if isinstance(model, nn.Module):
+        if next(model.parameters(), None) is None:
+            raise ValueError(
+                f"{where}: model must have parameters to tune, got {type(model).__name__} without "
+                "any"
+            )
+        return model
+    if isinstance(model, Mapping):
+        got = f"a {type(model).__name__} (a state dict?)"
+        remedy = "build the architecture, model.load_state_dict(...), and pass the model"
+    elif isinstance(model, str | os.PathLike):
+        got, remedy = f"the path {os.fspath(model)!r}", _LOAD
+    else:
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        remedy = "pass an instance of the classifier"
+    raise ValueError(f"{where}: model must be a torch.nn.Module, got {got}; {remedy}")
+
+
+def check_models(models: object, where: str = "purify_many") -> list[Any]:
+    """The models as a list; raises ValueError for one model in place of several."""
+    if isinstance(models, nn.Module | str | bytes | os.PathLike | Mapping) or not isinstance(
+        models, Iterable
+    ):
+        raise ValueError(
+            f"{where}: models must be a sequence of modules or paths, got one "
+            f"{type(models).__name__}; pass [model]"
+        )
+    listed = list(models)
+    if not listed:
+        raise ValueError(f"{where}: models must hold at least one model, got none")
+    return listed
+
+
+def plain_numbers(
+    epochs: object, lr: object, momentum: object, seed: object, where: str = "purify"
+) -> tuple[int, float, float, int]:
+    """The four as Python's own numbers; NumPy's are taken. Raises ValueError for others."""
+    rate = arguments.number(where, "lr", lr, "a finite number > 0")
+    inertia = arguments.number(where, "momentum", momentum, "a number in [0, 1)")
+    if rate <= 0:
+        raise ValueError(f"{where}: lr must be a finite number > 0, got {lr!r}")
+    if not 0 <= inertia < 1:
+        raise ValueError(f"{where}: momentum must lie in [0, 1), got {momentum!r}")
+    return (
+        arguments.whole(where, "epochs", epochs, 1),
+        float(rate),
+        float(inertia),
+        arguments.seed(where, seed),
+    )
+
+
+def check_flags(where: str = "purify", **flags: object) -> None:
+    """Raise ValueError unless each is True or False: "no" would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{where}: {name} must be True or False, got {value!r}")
+
+
+def check_callbacks(callbacks: object, where: str = "purify") -> tuple[Any, ...]:
+    """The callbacks as a tuple; raises ValueError for a function alone or what is not callable."""
+    if callable(callbacks) or isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        got = getattr(callbacks, "__name__", type(callbacks).__name__)
+        raise ValueError(
+            f"{where}: callbacks must be a sequence of functions, got {got}; pass [function]"
+        )
+    listed = tuple(callbacks)
+    for callback in listed:
+        if not callable(callback):
+            raise ValueError(
+                f"{where}: callbacks must be functions, got a {type(callback).__name__} among them"
+            )
+    return listed
+
+
+def check_one_process(where: str = "purify") -> None:
+    """Raise RuntimeError where several processes share a group: each would tune its own model."""
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+        return
+    raise RuntimeError(
+        f"{where}: must run in one process, got rank {group.get_rank()} of "
+        f"{group.get_world_size()}, each of which would tune a model of its own; call it on one "
+        "rank before init_process_group, use fst_fast.HeadDeviationLoss in your loop under DDP, or "
+        "fst-fast sweep for many models on many GPUs"
+    )
+
+
+def check_validation(validation: Batches | None, device: torch.device, classes: int) -> None:
+    """Raise ValueError where the first validation batch does not fit, before any step."""
+    if validation is not None:
+        check_batch(validation.first, validation.where, device, num_classes=classes)
+
+
+def check_output(output: object, where: str = "purify") -> None:
+    """Raise ValueError where the model's output holds no logits that can be told from the rest."""
+    try:
+        logits_of(output)
+    except ValueError:
+        parts = list(output) if isinstance(output, list | tuple) else []
+        flat = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.ndim == 2]
+        at = f"[{flat[-1]}]" if flat else ".logits"
+        got = f"a {type(output).__name__}" + (f" of {len(parts)}" if parts else "")
+        raise ValueError(
+            f"{where}: model must return its logits [B, classes], got {got}; wrap it in a module "
+            f"whose forward returns self.model(images){at}, and pass that"
+        ) from None
+
+
+def check_adapter(model: nn.Module, head: str, where: str = "purify") -> None:
+    """Raise ValueError where the head is one part of a LoRA layer, whose other part would stay."""
+    parent = model.get_submodule(head.rpartition(".")[0])
+    parts = [name for name in parent._modules if name.startswith("lora_")]
+    if parts:
+        raise ValueError(
+            f"{where}: model must have one weight for its head, got {head!r} beside an adapter "
+            f"({', '.join(parts)}) that would stay as it is; merge it first, as "
+            "model.merge_and_unload() of peft does"
+        )
+
+
+def ends_in_softmax(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model returns probabilities, by what it makes of a few images.
+
+    A log-softmax is none: cross-entropy of it is that of the logits.
+
+    Args:
+        images: [B, C, H, W], two or more; they are moved to the model.
+    """
+    own = next(model.parameters())
+    with evaluating(model, own.device), torch.no_grad():
+        return are_probabilities(logits_of(model(images[:8].to(own.device, own.dtype))))
+
+
+def needs_two_images(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model cannot be trained on a single image, as batch norm of one value cannot.
+
+    The model is left as it was.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return False
+    own = next(model.parameters())
+    with restored(model), torch.no_grad():
+        model.train()
+        try:
+            model(images[:1].to(own.device, own.dtype))
+        except ValueError as error:
+            return "more than 1 value per channel" in str(error)
+    return False
+
+
+def frozen_note(model: nn.Module) -> str | None:
+    """What to say of a model with frozen parameters; None where there are none."""
+    named = list(model.named_parameters())
+    frozen = [name for name, parameter in named if not parameter.requires_grad]
+    if not frozen:
+        return None
+    some = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
+    return (
+        f"{len(frozen)} of {len(named)} parameters came frozen (requires_grad=False: {some}) and "
+        "are tuned all the same"
+    )
+
+
+def lost_note(before: float, after: float, images: str) -> str | None:
+    """The warning about a model that lost clean accuracy; None where it kept it.
+
+    Args:
+        before, after: accuracy in 0..1 on the same images.
+        images: which they are, in words.
+    """
+    if before - after <= MOST_LOST:
+        return None
+    return (
+        f"the model lost {100 * (before - after):.1f} points of clean accuracy, from "
+        f"{100 * before:.1f} % to {100 * after:.1f} % on {images}: use a smaller alpha, a smaller "
+        "lr or more clean images"
+    )
 
 
 def to_float32(model: nn.Module) -> str | None:
@@ -30,61 +220,3 @@ def to_float32(model: nn.Module) -> str | None:
         return None
     model.float()
     return f"weights stored as {' and '.join(halves)} were converted to float32"
-
-
-def labels_fault(
-    labels: Tensor, answered: Tensor, classes: int, names: Sequence[str] | None = None
-) -> str | None:
-    """Why these labels cannot be the model's, with the confusion that shows it; None: they can.
-
-    Either the model is hardly better than guessing; or most labels have one answer that is another
-    class; or two labels or more surely have.
-
-    Args:
-        labels: [N] int64 on the CPU.
-        answered: [N] int64, the model's classes for the images as they are.
-        classes: of the model.
-        names: of the classes, for the text.
-    """
-    present, group, sizes = labels.unique(return_inverse=True, return_counts=True)
-    right = torch.bincount(group[labels == answered], minlength=len(present))
-    recall = float((right / sizes).mean())
-    guessed = 1 / (len(present) if len(present) > 1 else max(2, classes))
-    pairs, counts = torch.stack([labels, answered]).unique(dim=1, return_counts=True)
-    if recall > guessed + _ABOVE_CHANCE * (1 - guessed):
-        agreeing = _agreement(pairs, counts, present, sizes)
-        of_label = sizes[torch.searchsorted(present, pairs[0].contiguous())]
-        surely = (pairs[0] != pairs[1]) & (of_label >= _FEWEST) & (counts >= _SURELY * of_label)
-        if int(surely.sum()) < 2 and (agreeing < _AGREES or recall > agreeing / 2):
-            return None
-    told = f"a model that is right on {100 * recall:.1f} % of each class's images"
-    return told + _confused(pairs, counts, labels, names)
-
-
-def _agreement(pairs: Tensor, counts: Tensor, present: Tensor, sizes: Tensor) -> float:
-    """How often another image of the same label is answered as the label mostly is."""
-    most = torch.zeros_like(sizes).scatter_reduce(
-        0, torch.searchsorted(present, pairs[0].contiguous()), counts, "amax"
-    )
-    return float((most - 1).sum() / (sizes - 1).sum().clamp(min=1))
-
-
-def _confused(pairs: Tensor, counts: Tensor, labels: Tensor, names: Sequence[str] | None) -> str:
-    """The commonest wrong answers, in words."""
-    wrong = torch.nonzero(pairs[0] != pairs[1]).flatten()
-    first = wrong[counts[wrong].argsort(descending=True, stable=True)][:_SHOWN].tolist()
-    told = []
-    for at in first:
-        label, answer = pairs[:, at].tolist()
-        total = int((labels == label).sum())
-        told.append(
-            f"{_named(label, names)} for {_named(answer, names)} ({int(counts[at])} of {total})"
-        )
-    return f", and takes {', '.join(told)}" if told else ""
-
-
-def _named(number: int, names: Sequence[str] | None) -> str:
-    if names is None or number >= len(names) or names[number] == str(number):
-        return str(number)
-    name = names[number]
-    return f"{number} {name if name.isprintable() else ascii(name)!r}"
