@@ -230,3 +230,27 @@ def test_a_pointer_in_place_of_the_model(suspect, capsys):
     (suspect / "suspect.pt").write_text("version https://git-lfs.github.com/spec/v1\nsize 7\n")
     assert run(suspect, data) == 1
     assert "a Git LFS pointer for 7 bytes" in capsys.readouterr().err
+
+
+def test_a_normalisation_that_spoils_half_is_told_with_the_right_one(suspect, capsys):
+    data = border_cases.write_folders(suspect / "clean", TWELVE, lift=25)
+    # The lighter half is still nearest to its own colour when a little darker.
+    darker = "0.16,0.16,0.16/1,1,1"
+    right = accuracy(suspect, data, capsys, "--normalize", darker)
+    assert 0.3 < right < 0.9
+    assert run(suspect, data, "--normalize", darker) == 1
+    told = capsys.readouterr().err
+    assert f"--normalize must be as in training, got {darker}, with which {100 * right:.1f}" in told
+    assert "of 72 images are right, and with none 100.0 %; use --normalize none" in told
+    assert not (suspect / "out.safetensors").exists()
+    assert run(suspect, data, "--normalize", darker, "--force") == 0
+
+
+def test_a_ruined_model_is_said_to_be_ruined(suspect, capsys):
+    data = border_cases.write_folders(suspect / "clean", TWELVE)
+    assert run(suspect, data, "--lr", "5") == 0
+    told = capsys.readouterr()
+    assert "warning: the model lost" in told.err
+    assert "on the tuning images" in told.err
+    manifest = json.loads((suspect / "out.json").read_text())
+    assert "points of clean accuracy" in manifest["clean_accuracy"]["warning"]

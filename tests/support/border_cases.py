@@ -24,13 +24,17 @@ def nearest(num_classes=12):
     return model
 
 
-def write_folders(root, names, per_class=6):
-    """One sub-folder for each name, of images of the class that ``names`` maps it to."""
+def write_folders(root, names, per_class=6, lift=0):
+    """One sub-folder for each name, of images of the class that ``names`` maps it to.
+
+    Every second image is lighter by ``lift``.
+    """
     palette = colours(1 + max(names.values()))
     for name, number in names.items():
         (root / name).mkdir(parents=True)
         for i in range(per_class):
             pixel = palette[number].clone()
             pixel[i % 3] += i
+            pixel = (pixel + lift * (i % 2)).clamp(max=255)
             Image.new("RGB", (8, 8), tuple(pixel.tolist())).save(root / name / f"{i}.png")
     return root

@@ -1,0 +1,142 @@
+"""``fst-fast purify``: tune a suspect checkpoint on clean images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import checkpoints, methods
+from ..data import image_sets, normalization
+from ..measure.evaluate import evaluate
+from ..ops import backends
+from ..tuning import profiling
+from ..tuning.arguments import lost_note
+from ..tuning.purify import purify
+from . import inputs, report
+from .labels import check
+from .measured import answers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments to ``parser``."""
+    inputs.add_model(parser)
+    inputs.add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors to write")
+    parser.add_argument("--validation", type=Path, help="clean images for the reported accuracy")
+    parser.add_argument("--method", choices=methods.available(), default="fst")
+    parser.add_argument(
+        "--alpha",
+        type=normalization.alpha,
+        default="auto",
+        help="weight of FST's <W, W0>, or auto (default)",
+    )
+    parser.add_argument(
+        "--project", action=argparse.BooleanOptionalAction, help="hold the head's norm, or not"
+    )
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--augment", choices=("none", "cifar"), default="none")
+    parser.add_argument("--head", help="qualified name of the classification layer")
+    parser.add_argument("--backend", choices=backends.NAMES)
+    parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU; default: by a trial")
+    parser.add_argument(
+        "--graphs",
+        type=normalization.graphs,
+        default="auto",
+        help="on a GPU: auto (default), on, off, or most steps in a CUDA graph, 1 to 16",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--resume", type=Path, help="folder of the run's state, to go on after a stop"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a report as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--force", action="store_true", help="go on where the labels do not seem to be the model's"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE.json",
+        help="a few steps as a Chrome trace, and shares",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tune, measure before and after, and write the result; returns 1 where the run was stopped."""
+    checkpoints.check_writable(options.out)
+    model, facts = inputs.load_model(options)
+    suspect = report.suspect_for(options, model)
+    images = inputs.load_images(options, options.data, model)
+    loader = inputs.loader(options, images, shuffle=True)
+    plain = inputs.loader(options, images, shuffle=False)
+    validation = None
+    if options.validation is not None:
+        found = inputs.load_images(options, options.validation, model, "--validation")
+        validation = inputs.loader(options, found, shuffle=False)
+    judged = plain if validation is None else validation
+    where = "the tuning images" if validation is None else "the validation images"
+    before = answers(model, judged, options)
+    check(options, model, before, images)
+    method, profile = _method(options), None
+    if options.profile is not None:
+        profile = profiling.of_run(loader, options.epochs * method.epochs_factor, options.profile)
+    result = purify(
+        model,
+        loader if profile is None else profile,
+        method=method,
+        epochs=options.epochs,
+        lr=options.lr,
+        momentum=options.momentum,
+        head=options.head,
+        validation=validation,
+        device=options.device,
+        precision=options.precision,
+        threads=options.threads,
+        graphs=options.graphs,
+        backend=options.backend,
+        seed=options.seed,
+        resume=options.resume,
+        progress=not options.quiet,
+        inplace=True,
+    )
+    if profile is not None:
+        profile.save(options.profile)
+    after = evaluate(result.model, judged, device=options.device, precision=options.precision)
+    manifest = result.save(
+        options.out,
+        **facts,
+        data={"path": str(options.data), "images": len(images), "classes": list(images.classes)},
+        normalize=options.normalize,
+        clean_accuracy={
+            "before": before.accuracy,
+            "after": after.clean_accuracy,
+            "measured_on": "tuning images" if validation is None else str(options.validation),
+            "warning": lost_note(before.accuracy, after.clean_accuracy, where),
+        },
+    )
+    _print_outcome(before.accuracy, after.clean_accuracy, images, where)
+    print(f"wrote {options.out} (sha256 {manifest['sha256']})")
+    if options.report is not None:
+        report.write_after(options, result, suspect, validation, manifest)
+    return 0 if result.stopped is None else 1
+
+
+def _print_outcome(before: float, after: float, images: image_sets.ImageSet, where: str) -> None:
+    print(f"classes in order: {', '.join(images.classes[:20])}")
+    print(
+        f"clean accuracy on {where}: {100 * before:.2f} % before, "
+        f"{100 * after:.2f} % after; attack success not measured (no trigger)"
+    )
+    note = lost_note(before, after, where)
+    if note is not None:
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def _method(options: argparse.Namespace) -> methods.Method:
+    given = {"alpha": options.alpha, "project": options.project}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return methods.get(options.method, **settings)
