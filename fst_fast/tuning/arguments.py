@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,25 @@ def plain_numbers(
         float(inertia),
         arguments.seed(where, seed),
     )
+
+
+def plain_optional(
+    alpha: object, threads: object, resume: object, where: str = "purify"
+) -> tuple[float | str | None, int | None, Path | None]:
+    """Arguments that may be None, as Python's own; raises ValueError for another type."""
+    if not (alpha is None or isinstance(alpha, str)):
+        alpha = float(arguments.number(where, "alpha", alpha, 'a finite number, "auto" or None'))
+    if threads is not None:
+        threads = arguments.whole(where, "threads", threads, 1)
+    if not (resume is None or isinstance(resume, str | os.PathLike)):
+        raise ValueError(f"{where}: resume must be the path of a folder or None, got {resume!r}")
+    return alpha, threads, None if resume is None else Path(resume)
+
+
+def check_head(head: object, where: str = "purify") -> None:
+    """Raise ValueError unless the head is a module, a name or None."""
+    if not (head is None or isinstance(head, str | nn.Module)):
+        raise ValueError(f"{where}: head must be a module or its name, got {head!r}")
 
 
 def check_flags(where: str = "purify", **flags: object) -> None:

@@ -142,10 +142,10 @@ class ResidentFeed(_TableFeed):
     Args:
         loader: resident, on the model's device, its labels classes of the model.
         place: puts images into the weights' dtype and layout.
+        sizes: of an epoch's batches.
     """
 
-    def __init__(self, loader: DeviceLoader, place: Place) -> None:
-        sizes = loader.batch_sizes()
+    def __init__(self, loader: DeviceLoader, place: Place, sizes: list[int]) -> None:
         super().__init__(torch.zeros(sum(sizes), 8, dtype=torch.int32, device=loader.device), sizes)
         self._loader, self._place = loader, place
 
@@ -200,7 +200,7 @@ def open_feed(
         here = loader.images.device == torch.empty(0, device=device).device
         # A label that is no class is told by the ordinary way, in words.
         if here and loader.greatest_label < classes:
-            return ResidentFeed(loader, place)
+            return ResidentFeed(loader, place, batches.sizes() or [])
     return LoaderFeed(batches, place, device, classes, keeps)
 
 
@@ -223,7 +223,7 @@ def cache_features(
         if loader.augment is not None or sum(loader.batch_sizes()) < len(loader.images):
             return feed
         order = functools.partial(_order_of, loader)
-    elif not isinstance(loader, list | tuple):
+    elif not batches.adapter.fixed:
         return feed
     features, labels, sizes = [], [], []
     for kind, size, count in feed.epoch(0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from .. import checkpoints
 from ..checkpoints.architectures import Arch
 from ..data.batches import Loader
+from .arguments import check_models, to_float32
 from .purify import purify
 from .result import PurifyResult
 from .resume import generators_of
@@ -65,7 +67,7 @@ def purify_many(
         ValueError: there is no model, an argument that purify() does not have, paths without arch,
             or ``each`` of another length.
     """
-    models = list(models)
+    models = check_models(models)
     own = _settings_of_each(len(models), each, settings)
     _check_models(models, arch)
     if isinstance(loader, Iterator):
@@ -119,8 +121,6 @@ def _settings_of_each(
 
 
 def _check_models(models: Sequence[object], arch: Arch | None) -> None:
-    if not models:
-        raise ValueError("purify_many: models must hold at least one model, got none")
     for i, model in enumerate(models):
         if not isinstance(model, nn.Module | str | Path):
             raise ValueError(
@@ -147,6 +147,9 @@ def _purify_one(
             assert arch is not None
             built = copy.deepcopy(arch) if isinstance(arch, nn.Module) else arch
             model = checkpoints.load(model, built, num_classes)
+            note = to_float32(model)
+            if note is not None:
+                warnings.warn(f"purify_many: {note}", stacklevel=2)
             # Nobody else has it.
             settings = {**settings, "inplace": True}
         return Outcome(purify(model, loader, **settings), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,20 @@ from ..heads.tap import tap_features
 from ..measure.evaluate import measure
 from ..methods import Method
 from ..ops import backends
+from .arguments import (
+    check_adapter,
+    check_callbacks,
+    check_flags,
+    check_head,
+    check_model,
+    check_one_process,
+    check_output,
+    check_validation,
+    frozen_note,
+    needs_two_images,
+    plain_numbers,
+    plain_optional,
+)
 from .autotune import arrange, threads_of
 from .cuda_graphs import MOST_STEPS, Recording, capture_for
 from .loop import Callback, Tuner
@@ -127,7 +140,13 @@ def purify(
         ValueError: an argument or a batch is not as described; the message says what to do.
         RuntimeError: ``backend`` is not available here.
     """
-    _check_numbers(epochs, lr, momentum)
+    check_one_process()
+    check_model(unwrap(model) if isinstance(model, nn.Module) else model)
+    check_head(head)
+    check_flags(progress=progress, inplace=inplace, deterministic=deterministic, compile=compile)
+    callbacks = check_callbacks(callbacks)
+    epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
+    alpha, threads, resume = plain_optional(alpha, threads, resume)
     chosen = _choose_method(method, alpha)
     place = resolve_device(device, model)
     compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
@@ -162,6 +181,7 @@ def purify(
             deterministic_algorithms(deterministic),
             ProgressReport(chosen.name, plan.epochs, progress) as report,
         ):
+            _tell(report, plan, tuned)
             tuner = _prepare(tuned, name, plan)
             _run(tuner, asked, plan, report, callbacks)
             # Behind this block the model goes back to its own device, and the original head stays.
@@ -194,8 +214,21 @@ def _check_model(model: nn.Module, plan: _Plan, head: nn.Module | str | None) ->
     _check_weights(model)
     _check_takes(model, images)
     name, classes = _trained_head(model, head, images)
+    check_adapter(model, name)
     check_batch(batches.first, batches.where, place, num_classes=classes)
+    check_validation(plan.validation, place, classes)
+    sizes = batches.sizes()
+    if (sizes is None or 1 in sizes) and needs_two_images(model, images):
+        batches.join_singles()
     return name
+
+
+def _tell(report: ProgressReport, plan: _Plan, model: nn.Module) -> None:
+    """Notes of the batches, and of parameters that came frozen, go to the report."""
+    plan.batches.note = report.note
+    note = frozen_note(model)
+    if note is not None and plan.method.trains == "all":
+        report.note(f"purify: {note}")
 
 
 def _prepare(tuned: nn.Module, name: str, plan: _Plan) -> Tuner:
@@ -262,15 +295,6 @@ def _result(
         head_shift=shift,
         stopped=tuner.stopped,
     )
-
-
-def _check_numbers(epochs: int, lr: float, momentum: float) -> None:
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"purify: epochs must be an integer >= 1, got {epochs!r}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"purify: lr must be a finite number > 0, got {lr!r}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"purify: momentum must lie in [0, 1), got {momentum!r}")
 
 
 def _recording(graphs: bool | int | str, place: torch.device) -> Recording:
@@ -347,12 +371,13 @@ def _check_takes(model: nn.Module, images: Tensor) -> None:
     own = next(model.parameters())
     with evaluating(model, own.device), torch.no_grad():
         try:
-            model(images[:2].to(own.device, own.dtype).contiguous())
+            output = model(images[:2].to(own.device, own.dtype).contiguous())
         except Exception as error:
             raise ValueError(
                 f"purify: model must take the loader's images {list(images.shape)}, got "
                 f"{type(error).__name__}: {error}; check their channels and size"
             ) from error
+    check_output(output)
 
 
 def _trained_head(
