@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoints
 from ..bench import table
@@ -121,19 +121,17 @@ class Sweep(Grid):
         self.config, self.cells, self.device = config, cells, device
         self.store = Folder(config.out)
         self.plan = self.store.open(plan_of(config, tuning, test, device))
-        self._tuning = self._loader(tuning)
-        self._judged = self._loader(tuning if test is None else test, shuffle=False)
+        self._tuning = self._loader(tuning.images, tuning.labels)
+        judged = tuning if test is None else test
+        self._judged = self._loader(judged.images, judged.labels, shuffle=False)
         self._measured_on = "tuning images" if test is None else "test images"
-        names = ("epochs", "lr", "momentum")
-        self.settings = {
-            **{name: getattr(config, name) for name in names},
-            **{"device": device, **self.plan["computed"]},
-        }
+        chosen = {name: getattr(config, name) for name in ("epochs", "lr", "momentum")}
+        self.settings = {**chosen, "device": device, **self.plan["computed"]}
 
-    def _loader(self, images: ImageSet, **more: Any) -> DeviceLoader:
+    def _loader(self, images: Tensor, labels: Tensor, **more: Any) -> DeviceLoader:
         return DeviceLoader(
-            images.images,
-            images.labels,
+            images,
+            labels,
             self.config.batch_size,
             device=self.device,
             normalize=normalization_of(self.config.normalize),
@@ -151,17 +149,9 @@ class Sweep(Grid):
         return suspect.head, repr((suspect.arch, suspect.num_classes, suspect.arch_options))
 
     def loader(self, cell: Cell) -> DeviceLoader:
-        augment, first = self.config.augment, self._tuning
-        return DeviceLoader(
-            first.images,
-            first.labels,
-            first.batch_size,
-            device=self.device,
-            normalize=first.normalize,
-            resident=first.resident,
-            seed=cell.seed or 0,
-            augment=None if augment == "none" else augment,
-        )
+        augment = None if self.config.augment == "none" else self.config.augment
+        first, drawn = self._tuning, {"seed": cell.seed or 0, "augment": augment}
+        return self._loader(first.images, first.labels, resident=first.resident, **drawn)
 
     def measure(self, cell: Cell, model: nn.Module) -> Metrics:
         return evaluate(
