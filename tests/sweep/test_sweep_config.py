@@ -114,6 +114,7 @@ def test_wrong_values_are_told(tmp_path, changes, texts):
         ("", "the file must be a mapping of keys to values, got None"),
         ("- 1", "the file must be a mapping of keys to values, got [1]"),
         ("out: [", "must be YAML"),
+        ("out: " + "[" * 31 + "]" * 31, "brackets nested more than 30 deep"),
         ("out: !!python/object/apply:os.system ['true']", "must be YAML"),
         ("out: a\nlr: 0.1\nout: b", "line 3: out must be given once, got it twice"),
         ("checkpoints:\n- {path: a, path: b}", "line 2: checkpoints[0].path must be given once"),
