@@ -110,7 +110,8 @@ def test_on_a_gpu_there_are_graphs_of_one_step_and_of_several(monkeypatch):
     stand_in(monkeypatch, Recorder())
     rungs = {rung.name: rung for rung in ladder.loop_rungs(torch.device("cuda"))}
     case, given = loop_cases.LoopCase("loop", 8, 24, 1), inputs()
-    for name, steps in (("purify", False), ("a graph a step", 1), ("steps in a graph", 3)):
+    # Of three steps the first is run as it is.
+    for name, steps in (("purify", False), ("a graph a step", 1), ("steps in a graph", 2)):
         rung = rungs[name if name in rungs else f"purify ({name})"]
         assert rung.run(given, case, True, {}).how["graphs"] == steps
 
