@@ -154,6 +154,8 @@ def poison(
     Raises:
         ValueError: a rate is outside 0..1 or asks for more images than there are.
     """
+    if not 0 <= float(rate) <= 1:
+        raise ValueError(f"poison: rate must lie in 0..1, got {rate}; give a share of the images")
     planned = plan(
         labels, trigger, float(rate), target=target, relabel=relabel, cover=cover, seed=seed
     )
@@ -236,13 +238,9 @@ def _poisoned(
                 f"{poisoned.dtype} {list(poisoned.shape)}"
             )
         return poisoned.cpu()
-    if isinstance(poisoned, str):
-        if poisoned != "all":
-            raise ValueError(
-                f'{where}: poisoned must be "all", a rate in 0..1 or a bool mask, got {poisoned!r}'
-            )
+    if isinstance(poisoned, str) and poisoned == "all":
         return torch.ones_like(labels, dtype=torch.bool)
-    rate = plain_number(poisoned)
+    rate = None if isinstance(poisoned, str) else plain_number(poisoned)
     if rate is None or not 0 <= rate <= 1:
         raise ValueError(
             f'{where}: poisoned must be "all", a rate that lies in 0..1, or a bool mask, got '

@@ -206,7 +206,7 @@ def test_a_table_normalises_as_it_says():
         ({"cover": 0.1}, "trigger must be given"),
         ({"trigger": BadNets(), "poisoned": 1.5}, r"a rate that lies in 0..1, .* got 1.5"),
         ({"trigger": BadNets(), "poisoned": 0.9}, r"asks for 33 images, but only 29 are not of"),
-        ({"trigger": BadNets(), "poisoned": "some"}, '"all", a rate in 0..1 or a bool mask'),
+        ({"trigger": BadNets(), "poisoned": "some"}, "a rate that lies in 0..1, or a bool mask"),
         ({"trigger": BadNets(), "poisoned": torch.ones(5, dtype=torch.bool)}, r"mask \[37\]"),
         ({"trigger": BadNets(), "poisoned": torch.ones(37)}, "bool mask"),
         ({"trigger": BadNets(), "target": 5}, r"target must be a class in 0..4, got 5"),

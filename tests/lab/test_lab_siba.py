@@ -304,7 +304,7 @@ class Broken(nn.Module):
         ({"beta": float("nan")}, r"beta must be > 0, got nan"),
         ({"target": 3}, r"target must be a class in 0..2, as the model has 3, got 3"),
         ({"target": -1}, r"target must be a class in 0..2, as the model has 3, got -1"),
-        ({"images": make_images().float()}, r"uint8 tensor .* use \(images \* 255\)"),
+        ({"images": make_images().float()}, r"uint8 tensor .* use images.round\(\)"),
         ({"images": make_images()[0]}, r"find_siba: images must be a uint8 tensor \[N, H, W, C\]"),
         ({"images": make_images(shape=(3, 6, 9))}, r"use images.permute\(0, 2, 3, 1\)"),
         ({"images": make_images(0)}, r"find_siba: images must be at least one, got none"),
