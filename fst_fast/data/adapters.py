@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -58,7 +59,9 @@ class Adapter:
         return None
 
     def _iterable(self, source: Any) -> Iterable[Any]:
-        if not isinstance(source, Iterable) or isinstance(source, nn.Module | str | bytes):
+        # These can be iterated, and what comes is no batch.
+        wrong = nn.Module | str | bytes | Tensor | np.ndarray | np.generic | Mapping
+        if not isinstance(source, Iterable) or isinstance(source, wrong):
             raise ValueError(
                 f"{self.where} must be an iterable of (images, labels) batches, got "
                 f"{type(source).__name__}; wrap a dataset in torch.utils.data.DataLoader"

@@ -54,7 +54,7 @@ def resolve_precision(
     Raises:
         ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision

@@ -63,6 +63,10 @@ def find_head(
         ValueError: the head has K < 2 outputs, is shared, parametrised or not initialised, or
             ``head`` is not a Linear or 1x1 Conv2d of this model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"find_head: model must be a torch.nn.Module, got {type(model).__name__}; load it first"
+        )
     root = unwrap(model)
     if head is not None:
         head = _by_name(model, head) if isinstance(head, str) else unwrap(head)

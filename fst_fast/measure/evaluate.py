@@ -23,7 +23,8 @@ from ..data.device_loader import DeviceLoader
 from ..heads.contexts import evaluating
 from ..heads.output import logits_of
 from ..triggers import Trigger
-from ..triggers.pixels import Normalization, pixel_range
+from ..triggers.pixels import Normalization, named_normalization, pixel_range
+from .arguments import check, told_if_unfit
 from .fold_batchnorm import cast_once, folded
 from .triggered_batches import show
 
@@ -128,6 +129,8 @@ def evaluate(
             )
     else:
         named = {} if trigger is None else {"": trigger}
+    target = check(model, named, target)
+    normalize = named_normalization(normalize)
     place = resolve_device(device, model)
     batches = Batches(loader, 1, "evaluate: loader", at_once=True)
     if normalize is None and isinstance(loader, DeviceLoader):
@@ -247,7 +250,9 @@ class _Pass:
     def _predicted(self, images: Tensor) -> Tensor:
         assert self.layout is not None
         with autocast(self.device, self.precision):
-            output = self.runs(images.to(self.dtype).contiguous(memory_format=self.layout))
+            placed = images.to(self.dtype).contiguous(memory_format=self.layout)
+            with told_if_unfit(placed, first=self.images == 0):
+                output = self.runs(placed)
         logits = logits_of(output)
         size = list(logits.shape)
         if size[:1] != [len(images)] or len(size) < 2 or any(n != 1 for n in size[2:]):

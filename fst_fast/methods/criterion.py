@@ -19,7 +19,13 @@ from ..ops.dtypes import compute_dtype
 from ..ops.head_deviation_check import check_settings
 from ..triggers.plain_numbers import plain_number, whole_number
 from . import HeadState
-from .criterion_check import NAME, check_ddp, checked_class_weight, is_recorded
+from .criterion_check import (
+    NAME,
+    check_ddp,
+    checked_class_weight,
+    checked_smoothing,
+    is_recorded,
+)
 from .probabilities import are_probabilities, log_probabilities
 
 
@@ -72,6 +78,7 @@ class HeadDeviationLoss(nn.Module):
     ) -> None:
         super().__init__()
         weight = checked_weight(NAME, head)
+        label_smoothing = checked_smoothing(label_smoothing)
         check_settings(NAME, reduction, label_smoothing)
         # In a tuple, or nn.Module would register it as a part of this module.
         self._head = (head,)
@@ -118,7 +125,8 @@ class HeadDeviationLoss(nn.Module):
         if not isinstance(alpha, Tensor):
             alpha = math.nan if (plain := plain_number(alpha)) is None else float(plain)
         scalar = not isinstance(alpha, Tensor) or (alpha.dim() == 0 and not alpha.is_complex())
-        if not scalar or not (math.isfinite(alpha) and alpha >= 0):
+        # Beyond float32 it could not be held in the buffer.
+        if not scalar or not 0 <= alpha <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"{NAME}: alpha must be a finite number >= 0, or a 0-d tensor of one, got {given!r}"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..triggers.plain_numbers import plain_number
+
 NAME = "HeadDeviationLoss"
 
 
@@ -29,12 +31,25 @@ def check_ddp(model: object) -> None:
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
 
 
+def checked_smoothing(label_smoothing: object) -> float:
+    """The smoothing as a float; its range is the op's to check."""
+    found = plain_number(label_smoothing)
+    if found is None:
+        raise ValueError(f"{NAME}: label_smoothing must be a number, got {label_smoothing!r}")
+    return float(found)
+
+
 def checked_class_weight(
     class_weight: Tensor | None, weight: Tensor, compute: torch.dtype
 ) -> Tensor | None:
     """[K] in the compute dtype on the weight's device, or None; raises ValueError for others."""
     if class_weight is None:
         return None
+    if not isinstance(class_weight, Tensor):
+        raise ValueError(
+            f"{NAME}: class_weight must be a tensor [{len(weight)}], got "
+            f"{type(class_weight).__name__}; use torch.tensor(...)"
+        )
     if class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point():
         raise ValueError(
             f"{NAME}: class_weight must be [{len(weight)}] and floating, got "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -79,7 +78,8 @@ def _norm_to_hold(
     if given is None and looks_fresh(weight):
         warn_fresh("attach: head", "pass the criterion, or norm= from before re-initialising")
     name = "norm of the head" if given is None else "norm"
-    if given is not None and plain_number(getattr(given, "item", lambda: given)()) is None:
+    one = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if given is not None and plain_number(one) is None:
         raise ValueError(f"attach: norm must be a finite number > 0, got {given!r}")
     value = float(frobenius_norm(weight) if given is None else given)
     positive(value, name, "load the trained head first, or pass norm=")
@@ -283,6 +283,7 @@ def _check_hooked(optimizer: Optimizer) -> None:
 
 
 def positive(norm: float, name: str, remedy: str) -> float:
-    if not (math.isfinite(norm) and norm > 0):
+    # Beyond float32 it could not be held.
+    if not 0 < norm <= torch.finfo(torch.float32).max:
         raise ValueError(f"attach: {name} must be a finite number > 0, got {norm}; {remedy}")
     return norm

@@ -31,8 +31,9 @@ def named_normalization(normalize: Normalization | str | None) -> Normalization 
         return None
     if isinstance(normalize, str) and normalize in NORMALIZATIONS:
         return NORMALIZATIONS[normalize]
-    parts = list(normalize) if isinstance(normalize, Iterable) else []
-    rows = [_numbers(part) for part in parts]
+    # A 0-d array says that it can be iterated, and cannot.
+    iterable = isinstance(normalize, Iterable) and getattr(normalize, "ndim", 1) > 0
+    rows = [_numbers(part) for part in normalize] if iterable else []
     if isinstance(normalize, str) or len(rows) != 2 or any(row is None for row in rows):
         raise ValueError(
             f"normalize: must be (mean, std), each with one value per channel, or one of "

@@ -17,6 +17,7 @@ from ..data.batches import Batches, check_batch
 from ..heads.contexts import evaluating, restored
 from ..heads.find import logits_of
 from ..methods.probabilities import are_probabilities
+from ..triggers.plain_numbers import whole_number
 
 HALVES = (torch.float16, torch.bfloat16)
 # What a purified model may lose on clean images without a word, in share of them.
@@ -70,7 +71,8 @@ def plain_numbers(
     """The four as Python's own numbers; NumPy's are taken. Raises ValueError for others."""
     rate = arguments.number(where, "lr", lr, "a finite number > 0")
     inertia = arguments.number(where, "momentum", momentum, "a number in [0, 1)")
-    if rate <= 0:
+    # Beyond float32 the weights could not follow.
+    if not 0 < rate <= torch.finfo(torch.float32).max:
         raise ValueError(f"{where}: lr must be a finite number > 0, got {lr!r}")
     if not 0 <= inertia < 1:
         raise ValueError(f"{where}: momentum must lie in [0, 1), got {momentum!r}")
@@ -89,10 +91,22 @@ def plain_optional(
     if not (alpha is None or isinstance(alpha, str)):
         alpha = float(arguments.number(where, "alpha", alpha, 'a finite number, "auto" or None'))
     if threads is not None:
-        threads = arguments.whole(where, "threads", threads, 1)
+        given, threads = threads, whole_number(threads)
+        if threads is None or threads < 1:
+            raise ValueError(f"{where}: threads must be an integer >= 1 or None, got {given!r}")
     if not (resume is None or isinstance(resume, str | os.PathLike)):
         raise ValueError(f"{where}: resume must be the path of a folder or None, got {resume!r}")
     return alpha, threads, None if resume is None else Path(resume)
+
+
+def check_choices(graphs: object, backend: object, where: str = "purify") -> None:
+    """Raise ValueError for what cannot be one of these arguments' words or numbers."""
+    if not isinstance(graphs, str | bool) and whole_number(graphs) is None:
+        raise ValueError(
+            f'{where}: graphs must be "auto", True, False or a number of steps, got {graphs!r}'
+        )
+    if not (backend is None or isinstance(backend, str)):
+        raise ValueError(f"{where}: backend must be a name or None, got {backend!r}")
 
 
 def check_head(head: object, where: str = "purify") -> None:

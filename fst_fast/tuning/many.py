@@ -100,6 +100,13 @@ def _settings_of_each(
     count: int, each: Sequence[Mapping[str, Any]] | None, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """purify()'s arguments for each model, all of them known to it."""
+    listed = each is None or (
+        isinstance(each, list | tuple) and all(isinstance(one, Mapping) for one in each)
+    )
+    if not listed:
+        raise ValueError(
+            f"purify_many: each must list a mapping of settings for each model, got {each!r}"
+        )
     if each is not None and len(each) != count:
         raise ValueError(
             f"purify_many: each must have one entry for each of the {count} models, got "

@@ -35,6 +35,7 @@ from ..ops import backends
 from .arguments import (
     check_adapter,
     check_callbacks,
+    check_choices,
     check_flags,
     check_head,
     check_model,
@@ -143,6 +144,7 @@ def purify(
     check_one_process()
     check_model(unwrap(model) if isinstance(model, nn.Module) else model)
     check_head(head)
+    check_choices(graphs, backend)
     check_flags(progress=progress, inplace=inplace, deterministic=deterministic, compile=compile)
     callbacks = check_callbacks(callbacks)
     epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)

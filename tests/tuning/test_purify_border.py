@@ -95,7 +95,7 @@ WRONG = {
     "epochs float": ({"epochs": 2.0}, "epochs must be an integer >= 1"),
     "momentum text": ({"momentum": "0.9"}, "momentum must be a number"),
     "alpha list": ({"alpha": [0.1]}, "alpha must be a finite number"),
-    "threads": ({"threads": "2"}, "threads must be an integer >= 1"),
+    "threads": ({"threads": "2"}, "threads must be an integer >= 1 or None"),
     "callbacks": ({"callbacks": print}, r"callbacks must be a sequence of functions, got print"),
     "progress": ({"progress": "no"}, "progress must be True or False"),
     "head": ({"head": 3}, "head must be a module or its name"),
