@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data import arguments
 from ..data.batches import Batches, check_batch
-from ..heads.contexts import evaluating, restored
+from ..heads.contexts import evaluating
 from ..heads.find import logits_of
 from ..methods.probabilities import are_probabilities
 from ..triggers.plain_numbers import whole_number
@@ -103,7 +103,8 @@ def check_choices(graphs: object, backend: object, where: str = "purify") -> Non
     """Raise ValueError for what cannot be one of these arguments' words or numbers."""
     if not isinstance(graphs, str | bool) and whole_number(graphs) is None:
         raise ValueError(
-            f'{where}: graphs must be "auto", True, False or a number of steps, got {graphs!r}'
+            f'{where}: graphs must be "auto", True, False or a number of steps in 1..16, got '
+            f"{graphs!r}"
         )
     if not (backend is None or isinstance(backend, str)):
         raise ValueError(f"{where}: backend must be a name or None, got {backend!r}")
@@ -200,18 +201,24 @@ def ends_in_softmax(model: nn.Module, images: Tensor) -> bool:
 def needs_two_images(model: nn.Module, images: Tensor) -> bool:
     """Whether the model cannot be trained on a single image, as batch norm of one value cannot.
 
-    The model is left as it was.
+    The model is run in eval mode, and what its batch norms are given is looked at.
     """
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        return False
+    found: list[bool] = []
+
+    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.append(given[0].numel() == given[0].shape[1])
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(look) for norm in norms]
     own = next(model.parameters())
-    with restored(model), torch.no_grad():
-        model.train()
-        try:
-            model(images[:1].to(own.device, own.dtype))
-        except ValueError as error:
-            return "more than 1 value per channel" in str(error)
-    return False
+    try:
+        if norms:
+            with evaluating(model, own.device), torch.no_grad():
+                model(images[:1].to(own.device, own.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(found)
 
 
 def frozen_note(model: nn.Module) -> str | None:
