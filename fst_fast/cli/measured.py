@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches, dtype_of, resolve_device, resolve_precision
 from ..data.device_loader import DeviceLoader
 from ..heads.contexts import evaluating
-from ..heads.find import logits_of
+from ..heads.output import logits_of
 from ..measure.evaluate import Metrics, measure
 from ..triggers import Trigger
 

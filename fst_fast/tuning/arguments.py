@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data import arguments
 from ..data.batches import Batches, check_batch
 from ..heads.contexts import evaluating
-from ..heads.find import logits_of
+from ..heads.output import logits_of
 from ..methods.probabilities import are_probabilities
 from ..triggers.plain_numbers import whole_number
 
