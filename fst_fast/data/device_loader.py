@@ -88,7 +88,7 @@ class DeviceLoader:
         check_set(images, labels)
         batch_size = whole("DeviceLoader", "batch_size", batch_size, 1)
         seed = checked_seed("DeviceLoader", seed)
-        if dtype not in OUT_DTYPES:
+        if not isinstance(dtype, torch.dtype) or dtype not in OUT_DTYPES:
             raise ValueError(
                 f"DeviceLoader: dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {dtype}"
             )

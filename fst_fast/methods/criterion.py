@@ -79,6 +79,8 @@ class HeadDeviationLoss(nn.Module):
         super().__init__()
         weight = checked_weight(NAME, head)
         label_smoothing = checked_smoothing(label_smoothing)
+        if not isinstance(reduction, str):
+            raise ValueError(f"{NAME}: reduction must be mean, sum or none, got {reduction!r}")
         check_settings(NAME, reduction, label_smoothing)
         # In a tuple, or nn.Module would register it as a part of this module.
         self._head = (head,)

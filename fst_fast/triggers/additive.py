@@ -148,7 +148,7 @@ class TrojanNN(Elementwise):
 
     def __post_init__(self) -> None:
         check_seed(self)
-        if self.mode not in ("wrap", "clamp"):
+        if not isinstance(self.mode, str) or self.mode not in ("wrap", "clamp"):
             raise ValueError(
                 f'TrojanNN: mode must be "wrap" or "clamp", got {self.mode!r}; the default is wrap'
             )

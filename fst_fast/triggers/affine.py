@@ -35,7 +35,7 @@ class BadNets(Elementwise):
     def __post_init__(self) -> None:
         check_number(self, "size", 1, math.inf, whole=True)
         check_number(self, "margin", 0, math.inf, whole=True)
-        if self.corner not in _CORNERS:
+        if not isinstance(self.corner, str) or self.corner not in _CORNERS:
             raise ValueError(f"BadNets: corner must be one of {_CORNERS}, got {self.corner!r}")
         values = plain_tuple(self, "value")
         if not isinstance(values, tuple):

@@ -213,7 +213,7 @@ def _whole(target: object, labels: Tensor, where: str) -> int:
 
 
 def _check(given: tuple[Trigger, ...], relabel: str, cover: float, where: str) -> None:
-    if relabel not in RELABEL:
+    if not isinstance(relabel, str) or relabel not in RELABEL:
         raise ValueError(f"{where}: relabel must be one of {', '.join(RELABEL)}, got {relabel!r}")
     share = plain_number(cover)
     if share is None or not 0 <= share <= 1:
