@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fst_fast.data.device_loader import DeviceLoader
 from fst_fast.lab.attack_metrics import measure_attack
-from fst_fast.methods.fst_auto import FSTAuto
+from fst_fast.methods.trigger_unlearning import TriggerUnlearning
 from fst_fast.tuning.purify import purify
 
 from . import flops, jobs, machine, plain, suite, timing
@@ -278,9 +278,8 @@ def _flops(job: Job, name: str) -> int:
     measuring = 2 * image.forward * len(job.test)
     if name != AUTO:
         return image.training * len(job.clean) * spec.epochs + measuring
-    method = FSTAuto()
+    method = TriggerUnlearning()
     epochs = spec.epochs * method.epochs_factor
-    forward = method.head_epochs_of(epochs)
-    # One more pass measures the statistics of the averaged weights.
-    tuning = image.training * (epochs - forward) + image.forward * (forward + 1)
-    return tuning * len(job.clean) + measuring
+    # A search asks for the images' gradients, not for the weights'.
+    searching = method.search_images(epochs, len(job.clean.classes)) * 2 * image.forward
+    return image.training * len(job.clean) * epochs + searching + measuring

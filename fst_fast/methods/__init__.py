@@ -11,11 +11,16 @@ from .fst_auto import FSTAuto
 from .ft import FT
 from .ft_init import FTInit
 from .lp import LP
+from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FE, FST, FSTAuto, FT, FTInit, LP)
+    method.name: method for method in (FE, FST, FSTAuto, FT, FTInit, LP, TriggerUnlearning)
 }
+
+
+# What ``purify(alpha="auto")`` runs.
+AUTO = TriggerUnlearning.name
 
 
 def available() -> tuple[str, ...]:
@@ -26,14 +31,15 @@ def available() -> tuple[str, ...]:
 def get(name: str, **settings: Any) -> Method:
     """Return the method of this name with the given settings.
 
-    ``alpha="auto"`` makes "fst" "fst_auto", and is the same as none for any other.
+    ``alpha="auto"`` makes "fst" the default, "trigger_unlearning", and is the same as none for any
+    other.
 
     Raises:
         ValueError: there is no such method, or it does not take one of the settings.
     """
     if settings.get("alpha") == "auto":
         del settings["alpha"]
-        name = "fst_auto" if name == "fst" else name
+        name = AUTO if name == "fst" else name
     if name not in METHODS:
         raise ValueError(f"purify: method must be one of {list(available())}, got {name!r}")
     kind = METHODS[name]

@@ -143,6 +143,9 @@ class Run(Protocol):
         head_only: train the head alone, the backbone in eval mode.
         head_only_until: the epoch (0-based) in which ``head_only`` will be set back, as far as is
             known; it settles how long a recorded step will be of use.
+        classes: of the head.
+        memo: for the method's own objects.
+        findings: what the method found out about the suspect, as plain values; the result has it.
     """
 
     model: nn.Module
@@ -151,9 +154,41 @@ class Run(Protocol):
     head_lr: float
     head_only: bool
     head_only_until: int
+    classes: int
+    memo: dict[str, Any]
+    findings: list[Mapping[str, object]]
 
     def average_weights(self, share: float) -> None:
         """Average the weights over this share of the epochs, at the end of the run."""
+
+    @property
+    def goes_on_within(self) -> bool:
+        """Whether the epoch that begins was interrupted, and goes on."""
+
+    def register(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor that the method changes in place: a resumed run goes on from its value."""
+
+    def sample(self, images: int, most_bytes: int) -> tuple[Tensor, Tensor]:
+        """Return clean images [N, C, H, W] of the loader, on the device, and labels [N] int64."""
+
+    def pixel_range(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the darkest and the brightest pixel is, each [1, C, 1, 1].
+
+        A DeviceLoader says so by its normalisation; of others the images' own extremes are taken.
+        """
+
+    def logits(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Return logits [B, K] float32 for normalised images, of the model in its present mode.
+
+        Args:
+            model: another one of the same kind, on the same device.
+        """
+
+    def repeat(self, name: str, work: Callable[[], None], times: int) -> None:
+        """Do the same device work several times; on a GPU it is recorded and replayed.
+
+        What the work changes in place must be registered; its shapes must stay.
+        """
 
 
 class Batch(NamedTuple):

@@ -44,7 +44,7 @@ class Choice:
             return cls(NOTHING)
         try:
             if not colon or written == "auto":
-                # As purify: FST without a number is FST auto.
+                # As purify: FST without a number is what alpha="auto" runs.
                 return cls(methods.get(name, alpha="auto").name)
             found = cls(name, float(written))
             found.method()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..data.batches import Batches, check_batch
+from ..data.device_loader import DeviceLoader
 from ..data.prefetch import HostLoader
 from ..heads.tap import FeatureTap
 from ..methods import Batch, Closure, Method
@@ -67,6 +68,7 @@ class Tuner:
 
     Args:
         recording: whether and how steps are recorded, to be replayed.
+        probabilities: the model ends in a softmax.
     Attributes:
         state: all tensors of the run.
         position: where the run stands.
@@ -81,6 +83,7 @@ class Tuner:
         settings: LoopSettings,
         tap: FeatureTap | None,
         recording: Recording,
+        probabilities: bool = False,
     ) -> None:
         self.model, self.method, self.settings = model, method, settings
         self.epochs, self.head_lr, self.head_only_until = settings.epochs, 1.0, 0
@@ -89,16 +92,21 @@ class Tuner:
             *(model, head, method, settings, tap, self.state),
             gradients=self._gradients,
             after=lambda: method.after_step(self),
+            probabilities=probabilities,
         )
         self.head, self.guard = self.step.head, self.step.guard
         self.average: WeightAverage | None = None
+        self.classes = len(self.head.weight0)
+        self.memo: dict[str, Any] = {}
+        self.findings: list[Mapping[str, object]] = []
         self.history: list[EpochRecord] = []
         self.stopped: str | None = None
         self.position = Position()
         self._recording, self.longest_graph = recording, 0
         # Of this call of run(): where each epoch began, and how many of its steps were queued.
         self._queued: list[tuple[Position, int]] = []
-        method.begin(self)
+        self._replays: Replays | None = None
+        self._batches: Batches | None = None
 
     def _gradients(self, batch: Batch, closure: Closure) -> tuple[torch.Tensor, torch.Tensor]:
         return self.method.gradients(self, batch, closure)
@@ -116,6 +124,54 @@ class Tuner:
 
     def average_weights(self, share: float) -> None:
         self.average = WeightAverage(self.model, share, self.epochs, self.state)
+
+    @property
+    def goes_on_within(self) -> bool:
+        return self.position.within
+
+    def register(self, name: str, tensor: torch.Tensor) -> None:
+        self.state.add(name, tensor, "other")
+
+    def sample(self, images: int, most_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._batches is not None
+        device = self.settings.compute.device
+        taken, labels, count = [], [], 0
+        for batch in self._batches.epoch(0):
+            some, named = check_batch(batch, self._batches.where, device, self.classes)
+            most = min(images, most_bytes // (some[0].numel() * 4)) - count
+            if most <= 0:
+                break
+            taken.append(self.step.place(some[:most]).contiguous())
+            labels.append(named[:most].to(device, torch.int64))
+            count += len(labels[-1])
+        return torch.cat(taken), torch.cat(labels)
+
+    def pixel_range(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._batches is not None
+        normalize = getattr(self._batches.loader, "normalize", None)
+        if isinstance(self._batches.loader, DeviceLoader):
+            mean, std = ((0.0,), (1.0,)) if normalize is None else normalize
+            ends = torch.tensor(
+                [[(end - m) / s for m, s in zip(mean, std, strict=True)] for end in (0.0, 1.0)]
+            ).to(images.device)
+            return ends[0].view(1, -1, 1, 1), ends[1].view(1, -1, 1, 1)
+        return images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
+
+    def logits(self, images: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
+        model = self.model if model is None else model
+        with self.settings.compute.autocast():
+            output = model(self.step.place(images))
+        return self.step.logits(output)
+
+    def repeat(self, name: str, work: Callable[[], None], times: int) -> None:
+        assert self._replays is not None
+        for _ in range(times):
+            self._replays.run(("method", name), work)
+
+    def begin(self, batches: Batches) -> None:
+        """Let the method prepare; its tensors are registered then."""
+        self._batches = batches
+        self.method.begin(self)
 
     def run(
         self,
@@ -136,7 +192,7 @@ class Tuner:
         device = self.settings.compute.device
         feed = self._open(batches)
         feed.register(self.state)
-        replays = self._replays(batches, report)
+        replays = self._replays = self._make_replays(batches, report)
         ledger = Ledger(device, self.history[-1].seconds if self.history else 0.0)
         with Interrupts(terminate=keeper is not None) as interrupts:
             for epoch in range(self.position.epoch, self.epochs):
@@ -188,7 +244,7 @@ class Tuner:
                 return cache_features(batches, step.features, feed)
         return feed
 
-    def _replays(self, batches: Batches, report: ProgressReport) -> Replays:
+    def _make_replays(self, batches: Batches, report: ProgressReport) -> Replays:
         def refused(reason: str, steps: int) -> None:
             if steps > 1:
                 report.note(f"purify: replays one step at a time: {reason}")

@@ -42,6 +42,7 @@ from .arguments import (
     check_one_process,
     check_output,
     check_validation,
+    ends_in_softmax,
     frozen_note,
     needs_two_images,
     plain_numbers,
@@ -184,7 +185,7 @@ def purify(
             ProgressReport(chosen.name, plan.epochs, progress) as report,
         ):
             _tell(report, plan, tuned)
-            tuner = _prepare(tuned, name, plan)
+            tuner = _prepare(tuned, name, plan, report)
             _run(tuner, asked, plan, report, callbacks)
             # Behind this block the model goes back to its own device, and the original head stays.
             shift = _shift(tuner)
@@ -233,7 +234,7 @@ def _tell(report: ProgressReport, plan: _Plan, model: nn.Module) -> None:
         report.note(f"purify: {note}")
 
 
-def _prepare(tuned: nn.Module, name: str, plan: _Plan) -> Tuner:
+def _prepare(tuned: nn.Module, name: str, plan: _Plan, report: ProgressReport) -> Tuner:
     """Settle how the steps are computed; returns the run, its head re-initialised if so."""
     images, labels = plan.batches.first[:2]
     kept = None if plan.resume is None else arrangement_of(plan.resume)
@@ -248,7 +249,11 @@ def _prepare(tuned: nn.Module, name: str, plan: _Plan) -> Tuner:
     settings = LoopSettings(plan.epochs, plan.lr, plan.momentum, compute)
     module = tuned.get_submodule(name)
     tap = tap_features(tuned, module, images, train=compute.compile)
-    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording)
+    # What follows the head may be a softmax, of which the cross-entropy is another loss.
+    probabilities = tap is None and ends_in_softmax(tuned, images)
+    if probabilities:
+        report.note("purify: the model ends in a softmax; its loss is taken of the logits before")
+    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording, probabilities)
     if plan.method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(plan.seed))
     return tuner
@@ -264,6 +269,7 @@ def _run(
     compute = tuner.settings.compute
     validate = _validator(plan.validation, compute)
     with seeded(plan.seed, compute.device), threads_of(compute.threads):
+        tuner.begin(plan.batches)
         keeper = None
         if plan.resume is not None:
             keeper = follow_in(plan.resume, tuner, asked, plan.batches.loader, report)
@@ -295,6 +301,7 @@ def _result(
             "validation": plan.validation is not None,
         },
         head_shift=shift,
+        findings=tuple(tuner.findings),
         stopped=tuner.stopped,
     )
 

@@ -53,6 +53,9 @@ class PurifyResult:
         settings: every setting as it was resolved, as plain JSON values.
         head_shift: how far the head moved.
         stopped: None for a whole run; else why it ended early.
+        findings: what the method found out about the suspect; of the default, the triggers that
+            were searched on it: their form, target class, size, and success in 0..1 before and
+            after tuning. Nothing found does not make a model clean.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class PurifyResult:
     settings: Mapping[str, object]
     head_shift: HeadShift
     stopped: str | None
+    findings: tuple[Mapping[str, object], ...] = ()
 
     def save(self, path: str | Path, **facts: object) -> dict[str, object]:
         """Write the weights as safetensors, and beside them a JSON manifest; both atomically.

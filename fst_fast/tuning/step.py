@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batches import AUTOCAST
-from ..heads.find import logits_of
+from ..heads.output import logits_of
 from ..heads.tap import FeatureTap
 from ..methods import Batch, Closure, HeadState, Method
+from ..methods.probabilities import log_probabilities
 from ..ops import head_deviation_loss
 from .batch_source import Feed
 from .nonfinite import Guard
@@ -41,6 +42,7 @@ class Step:
         state: gets all tensors of the step.
         gradients: the method's way to the gradients of a batch.
         after: what the method does behind the update.
+        probabilities: the model ends in a softmax, which its loss must not be taken of.
     Attributes:
         head_only: train the head alone, as some methods do in their first epochs.
         parts: into how many parts a batch is split, to take less memory.
@@ -58,8 +60,9 @@ class Step:
         state: RunState,
         gradients: Gradients,
         after: Callable[[], None],
+        probabilities: bool = False,
     ) -> None:
-        self.model, self.method = model, method
+        self.model, self.method, self.probabilities = model, method, probabilities
         self.compute, self.momentum = settings.compute, settings.momentum
         self._method_gradients, self._after = gradients, after
         self.head = HeadState(head)
@@ -181,9 +184,15 @@ class Step:
             head.weight_scale = None
             self.guard.undo_forward()
         with self.compute.autocast():
-            logits = logits_of(self._run_model(batch.inputs)).flatten(1)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            output = self._run_model(batch.inputs)
+        logits = self.logits(output)
         return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
+
+    def logits(self, output: object) -> Tensor:
+        """Return the logits [B, K] of what the model returned, in float32 at least."""
+        logits = logits_of(output).flatten(1)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return log_probabilities(logits) if self.probabilities else logits
 
     def _fused_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         head = self.head

@@ -1,4 +1,4 @@
-"""alpha="auto": the head is turned to a cosine and held there; weights are averaged."""
+"""fst_auto: the head is turned to a cosine and held there; weights are averaged."""
 
 import copy
 import math
@@ -109,7 +109,7 @@ def test_at_first_the_head_alone_is_trained():
         bodies.append({k: v.clone() for k, v in tuned[:-1].state_dict().items()})
         heads.append(tuned[-1].weight.clone())
 
-    quick(model, make_batches(), alpha="auto", epochs=2, callbacks=[look])
+    quick(model, make_batches(), method="fst_auto", epochs=2, callbacks=[look])
     assert len(bodies) == 8
     assert equal_states(bodies[0], model[:-1].state_dict())
     assert equal_states(bodies[1], model[:-1].state_dict())
@@ -118,7 +118,7 @@ def test_at_first_the_head_alone_is_trained():
 
 
 def test_auto_is_a_method_of_its_own_and_says_so():
-    result = quick(make_model(), make_batches(), alpha="auto", epochs=1)
+    result = quick(make_model(), make_batches(), method="fst_auto", epochs=1)
     assert result.settings["method"] == "fst_auto"
     assert result.settings["epochs"] == 4
     assert result.settings["hold"] == -0.5
@@ -141,7 +141,7 @@ def test_flags_modes_and_momentum_are_put_back():
     model = make_model()
     model[1].momentum = 0.3
     model[0].bias.requires_grad_(False)
-    result = quick(model, make_batches(), alpha="auto", epochs=1)
+    result = quick(model, make_batches(), method="fst_auto", epochs=1)
     assert not result.model.training
     assert result.model[1].momentum == 0.3
     assert not result.model[0].bias.requires_grad

@@ -37,7 +37,7 @@ def test_a_new_method_is_one_class_and_one_entry(monkeypatch):
 
 
 def test_auto_is_a_word_of_fst():
-    assert methods.get("fst", alpha="auto", project=False) == methods.get("fst_auto", project=False)
+    assert methods.get("fst", alpha="auto") == methods.get("trigger_unlearning")
     assert methods.get("ft", alpha="auto") == methods.get("ft")
 
 

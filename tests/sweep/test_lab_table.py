@@ -56,7 +56,7 @@ def whole(data, tmp_path_factory):
 def test_every_cell_is_measured(whole):
     record = record_of(whole)
     assert list(record["suspects"]) == ["badnets 20%", "clean"]
-    cells = [("none", None), *((m, s) for m in ("fst", "fst_auto") for s in (0, 1))]
+    cells = [("none", None), *((m, s) for m in ("fst", "trigger_unlearning") for s in (0, 1))]
     for title, made in record["suspects"].items():
         control = [] if title == "clean" else [("never backdoored", None)]
         assert [(row["method"], row.get("seed")) for row in made["rows"]] == cells + control
@@ -69,7 +69,9 @@ def test_every_cell_is_measured(whole):
     assert badnets["trigger"]["name"] == "BadNets"
     assert not badnets["developed"]
     assert [row["alpha"] for row in badnets["rows"] if "alpha" in row] == [0.1, 0.1]
-    assert {row["epochs"] for row in badnets["rows"] if row["method"] == "fst_auto"} == {4}
+    assert {row["epochs"] for row in badnets["rows"] if row["method"] == "trigger_unlearning"} == {
+        4
+    }
     # The control is the clean model under the suspect's attacks.
     control, clean = badnets["rows"][-1], record["suspects"]["clean"]["rows"][0]
     assert control["clean_accuracy"] == clean["clean_accuracy"]
@@ -239,15 +241,16 @@ def test_the_full_preset_has_what_the_evidence_needs():
     assert {0.05, 0.01, 0.005} <= set(full.rates)
     assert (full.arch, full.seeds) == ("resnet18:16", 3)
     assert _parser().parse_args(["lab", "table", "--preset", "full"]).methods == (
-        *("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst:auto"),
+        *("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst_auto", "fst:auto"),
     )
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("fst", Choice("fst_auto")),
-        ("fst:auto", Choice("fst_auto")),
+        ("fst", Choice("trigger_unlearning")),
+        ("fst:auto", Choice("trigger_unlearning")),
+        ("fst_auto", Choice("fst_auto")),
         ("fst:0.2", Choice("fst", 0.2)),
         ("lp", Choice("lp")),
         ("none", Choice("none")),

@@ -53,8 +53,11 @@ def refused(path, *texts):
             ["alphas must be left out where no method takes one (ft, lp do not), got [0.1]"],
         ),
         (
-            {"methods": ["fst", "fst_auto"], "alphas": ["auto"]},
-            ["must make different cells, got fst with alpha auto and fst_auto with alpha auto"],
+            {"methods": ["fst", "trigger_unlearning"], "alphas": ["auto"]},
+            [
+                "must make different cells, got fst with alpha auto and trigger_unlearning with "
+                "alpha auto"
+            ],
         ),
         ({"epochs": 0}, ["epochs must be a whole number >= 1, got 0"]),
         ({"epochs": 1.5}, ["epochs must be a whole number >= 1, got 1.5"]),
@@ -218,7 +221,7 @@ def test_alphas_go_to_the_methods_that_take_one(tmp_path):
     found = [(choice.name, choice.alpha, choice.method().name) for choice in chosen]
     assert found == [
         ("ft", None, "ft"),
-        ("fst", "auto", "fst_auto"),
+        ("fst", "auto", "trigger_unlearning"),
         ("fst", 0.2, "fst"),
         ("fst", 0.0, "fst"),
     ]

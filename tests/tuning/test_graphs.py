@@ -50,7 +50,7 @@ LOADERS = {
 # Settings, and how many kinds of steps there are: of each size, and with the head alone.
 METHODS = {
     "fst": ({"alpha": 0.1}, 2),
-    "auto": ({"alpha": "auto"}, 4),
+    "auto": ({"method": "fst_auto"}, 4),
     "ft": ({"method": "ft"}, 2),
     "fe": ({"method": "fe"}, 2),
     "lp": ({"method": "lp"}, 2),

@@ -11,7 +11,13 @@ from fst_fast.lab.models import resnet18
 from fst_fast.tuning import cuda_graphs, loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-METHODS = [{"alpha": 0.1}, {"alpha": "auto"}, {"method": "ft"}, {"method": "fe"}, {"method": "lp"}]
+METHODS = [
+    {"alpha": 0.1},
+    {"method": "fst_auto"},
+    {"method": "ft"},
+    {"method": "fe"},
+    {"method": "lp"},
+]
 
 
 def device_loader(count=45, augment="cifar"):
@@ -59,7 +65,7 @@ def test_the_same_weights(make, settings, precision, recorded):
         runs = [
             tuned(make(), model, precision=precision, graphs=on, **settings) for on in (True, False)
         ]
-    assert len(recorded) == (4 if settings.get("alpha") == "auto" else 2)
+    assert len(recorded) == (4 if settings.get("method") == "fst_auto" else 2)
     for name, value in runs[0].model.state_dict().items():
         other = runs[1].model.state_dict()[name]
         torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6, msg=name)

@@ -44,7 +44,7 @@ def in_list():
 # Loader, settings, and the epochs of each phase, in which the same is trained.
 RUNS = {
     "resident, fst": (loader, {"alpha": 0.1}, [2]),
-    "resident, auto": (loader, {"alpha": "auto", "epochs": 1}, [1, 3]),
+    "resident, auto": (loader, {"method": "fst_auto", "epochs": 1}, [1, 3]),
     "resident, ft": (loader, {"method": "ft", "epochs": 1}, [1]),
     "resident, fe": (loader, {"method": "fe", "epochs": 1}, [1]),
     "resident, lp": (loader, {"method": "lp", "epochs": 1}, [1]),

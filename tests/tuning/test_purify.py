@@ -59,7 +59,7 @@ def test_head_shift_by_class():
 def test_default_call_needs_no_argument(capsys):
     result = fst_fast.purify(make_model(), make_batches(2))
     assert len(result.history) == 40
-    assert result.settings["method"] == "fst_auto"
+    assert result.settings["method"] == "trigger_unlearning"
     assert capsys.readouterr().err.count("epoch") == 40
 
 

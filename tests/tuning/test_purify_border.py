@@ -174,3 +174,13 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(RuntimeError, match="purify: must run in one process, got rank 0 of 2"):
         quick(make_model(), make_batches())
+
+
+def test_a_model_that_ends_in_softmax_is_tuned_as_without_it(capsys):
+    ended = nn.Sequential(*make_model(), nn.Softmax(1))
+    for settings in ({"alpha": 0.1}, {"method": "ft"}):
+        runs = [quick(model, make_batches(), **settings) for model in (ended, make_model())]
+        for one, other in zip(*(run.model.state_dict().values() for run in runs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    quick(ended, make_batches(), method="ft", progress=True)
+    assert "ends in a softmax" in " ".join(capsys.readouterr().err.split())

@@ -50,7 +50,7 @@ LOADERS = {
 }
 METHODS = {
     "fst": {"alpha": 0.1},
-    "auto": {"alpha": "auto"},
+    "auto": {"method": "fst_auto"},
     "ft": {"method": "ft"},
     "lp": {"method": "lp"},
 }

@@ -1,0 +1,269 @@
+"""Tuning against triggers that are searched on the model itself: ``purify(alpha="auto")``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Batch, Closure, Method, Run
+from .trigger_forms import AdditiveForm, MaskForm, PatchForm, TriggerForm, WaveForm
+from .trigger_like import FAMILIES, changed
+from .trigger_pool import TriggerPool
+
+# Triggers of each form: one for each class, and some that take up classes that are open.
+_FREE, _MOST = 2, 24
+# Search steps before the first epoch, and before each further one: half of these on the suspect.
+_WARM_UP, _EACH_EPOCH = 32, 4
+# Earlier states of the triggers that are kept, and the memory that these may take.
+_EARLIER, _EARLIER_BYTES = 16, 64 * 2**20
+# Clean images that are kept for the search, and the memory that these may take.
+_IMAGES, _IMAGE_BYTES = 1024, 256 * 2**20
+# Images for each candidate when its success is measured.
+_MEASURED = 64
+FORMS: Mapping[str, type[TriggerForm]] = {
+    form.name: form for form in (MaskForm, PatchForm, AdditiveForm, WaveForm)
+}
+# Pixels that a place of a patch's mask covers, as far as it counts towards the area.
+_STAMPED = 5
+
+
+@dataclass(frozen=True)
+class TriggerUnlearning(Method):
+    """Search triggers on the model while it is tuned, and show them with their true labels.
+
+    A backdoor is a small universal change that makes the answer one class. Such changes are
+    searched by gradients for every class, in several forms (a pattern behind a small mask, solid
+    patches, an added pattern of small norm), before the first epoch and a little before every
+    further one, on the model as it is and on the suspect. What the model has learnt to resist is
+    drawn anew. Half of every batch carries what was found, with the images' true labels: the more
+    often, the better it works with half of its size, as triggers do that were trained in. Otherwise
+    the model is tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
+
+    The search is that of a universal adversarial perturbation (Moosavi-Dezfooli et al., CVPR 2017,
+    arXiv 1610.08401) in the forms of Neural Cleanse (Wang et al., IEEE S&P 2019); tuning against
+    it with true labels is the unlearning of the latter, here in alternation as in adversarial
+    training (Madry et al., ICLR 2018, arXiv 1706.06083). docs/alpha.md says what it was chosen on.
+
+    Args:
+        found: share of each batch that carries searched triggers.
+        random: share of each batch that carries random changes like those of published triggers.
+        mask_area: budget of masks and patches, as a share of the image's area.
+        additive_rms: budget of an added pattern, its root mean square as a share of the pixels'
+            range.
+        wave_rms: the same for stripes and smooth fields.
+        forms: names in FORMS that are searched. "wave" finds stripes over the whole image, which no
+            other form does, and costs points of accuracy on small networks; it is left out.
+        images_per_trigger: clean images in a step of the search, for each trigger.
+        left_out: families of random changes that are not used (for experiments that leave the
+            attack's own family out): names in fst_fast.methods.trigger_like.FAMILIES.
+    """
+
+    name: ClassVar[str] = "trigger_unlearning"
+    epochs_factor: ClassVar[int] = 4
+
+    found: float = 0.5
+    random: float = 0.0
+    mask_area: float = 0.02
+    additive_rms: float = 0.0235
+    wave_rms: float = 0.07
+    forms: tuple[str, ...] = ("mask", "patch", "additive")
+    images_per_trigger: int = 5
+    left_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for setting in ("found", "random", "mask_area", "additive_rms", "wave_rms"):
+            value = getattr(self, setting)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ValueError(
+                    f"trigger_unlearning: {setting} must be a number in 0..1, got {value!r}; the "
+                    f"default is {type(self).__dataclass_fields__[setting].default}"
+                )
+        if self.found + self.random > 1:
+            raise ValueError(
+                "trigger_unlearning: found and random must be shares of one batch, got "
+                f"{self.found} and {self.random}; their sum is at most 1"
+            )
+        if not isinstance(self.images_per_trigger, int) or self.images_per_trigger < 1:
+            raise ValueError(
+                "trigger_unlearning: images_per_trigger must be an integer >= 1, got "
+                f"{self.images_per_trigger!r}"
+            )
+        for setting, known in (("forms", FORMS), ("left_out", FAMILIES)):
+            names = tuple(getattr(self, setting))
+            object.__setattr__(self, setting, names)
+            unknown = [name for name in names if name not in known]
+            if unknown or (setting == "forms" and not names):
+                raise ValueError(
+                    f"trigger_unlearning: {setting} must be names among {', '.join(known)}, got "
+                    f"{', '.join(map(str, unknown)) or 'none'}"
+                )
+
+    def search_images(self, epochs: int, classes: int) -> int:
+        """Return how many images the searches of a run pass through the model, there and back."""
+        steps = _WARM_UP + _EACH_EPOCH * (epochs - 1)
+        return steps * len(self.forms) * min(_MOST, classes + _FREE) * self.images_per_trigger
+
+    def begin(self, run: Run) -> None:
+        run.memo["search"] = _Search(self, run)
+
+    def begin_epoch(self, run: Run, epoch: int) -> None:
+        if not run.goes_on_within:
+            run.memo["search"].before_epoch(epoch)
+
+    def gradients(self, run: Run, batch: Batch, closure: Closure) -> tuple[Tensor, Tensor]:
+        return closure(run.memo["search"].shown(batch))
+
+    def finish(self, run: Run) -> None:
+        run.findings.extend(run.memo["search"].candidates())
+
+
+class _Search:
+    """The triggers of one run, and the images that they are searched on."""
+
+    def __init__(self, method: TriggerUnlearning, run: Run) -> None:
+        self.method, self.run = method, run
+        images, self.labels = run.sample(_IMAGES, _IMAGE_BYTES)
+        low, high = run.pixel_range(images)
+        self.low, self.span = low, (high - low).clamp(min=1e-6)
+        self.images = self._unit(images)
+        self.suspect = copy.deepcopy(run.model).eval().requires_grad_(False)
+        channels, height, width = images.shape[1:]
+        count = min(_MOST, run.classes + _FREE)
+        budgets = {
+            "mask": method.mask_area,
+            "patch": method.mask_area / _STAMPED,
+            "additive": method.additive_rms,
+            "wave": method.wave_rms,
+        }
+        forms = [
+            FORMS[name](count, (channels, height, width), budgets[name], images.device)
+            for name in method.forms
+        ]
+        state_bytes = count * sum(p[0].numel() * 4 for form in forms for p in form.parameters)
+        ring = max(2, min(_EARLIER, _EARLIER_BYTES // state_bytes))
+        fixed = run.classes if run.classes < count else 0
+        self.pool = TriggerPool(forms, run.classes, fixed, ring)
+        # What was found on the suspect, to be tried again on the tuned model.
+        self.first = [[p.clone() for p in form.parameters] for form in forms]
+        self.first_target = [form.target.clone() for form in forms]
+        self.pool.register(lambda name, tensor: run.register(f"search.{name}", tensor))
+        for form, parameters, target in zip(forms, self.first, self.first_target, strict=True):
+            for number, tensor in enumerate([*parameters, target]):
+                run.register(f"search.{form.name}.first.{number}", tensor)
+        self.before = [torch.zeros(count, device=images.device) for _ in forms]
+        for form, rate in zip(forms, self.before, strict=True):
+            run.register(f"search.{form.name}.before", rate)
+
+    def _unit(self, images: Tensor) -> Tensor:
+        return ((images.float() - self.low) / self.span).clamp(0, 1)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.run.logits(images * self.span + self.low)
+
+    def _suspect_logits(self, images: Tensor) -> Tensor:
+        return self.run.logits(images * self.span + self.low, self.suspect)
+
+    def _step(self) -> None:
+        each = self.method.images_per_trigger
+        self.pool.search(self._logits, self.images, self.labels, each)
+
+    def _step_on_suspect(self) -> None:
+        each = self.method.images_per_trigger
+        self.pool.search(self._suspect_logits, self.images, self.labels, each, counts=False)
+
+    def _measure(self) -> None:
+        each = 2 * self.method.images_per_trigger
+        self.pool.measure(self._logits, self.images, self.labels, each)
+        self.pool.scan(self._logits, self.images, self.labels)
+
+    def before_epoch(self, epoch: int) -> None:
+        """Search on; before the first epoch the model is the suspect."""
+        run = self.run
+        run.model.eval()
+        if epoch:
+            run.repeat("measure", self._measure, 1)
+            self.pool.remember(epoch)
+            self.pool.restart()
+            for _ in range(_EACH_EPOCH // 2):
+                run.repeat("search", self._step, 1)
+                run.repeat("search on the suspect", self._step_on_suspect, 1)
+            return
+        run.repeat("search", self._step, _WARM_UP)
+        run.repeat("measure", self._measure, 1)
+        self._keep_first()
+        self.pool.remember(0)
+        self.pool.restart(first=True)
+
+    def _keep_first(self) -> None:
+        """Keep what was found on the suspect, and its success there."""
+        for form, first, target in zip(self.pool.forms, self.first, self.first_target, strict=True):
+            target.copy_(form.target)
+            for kept, parameter in zip(first, form.parameters, strict=True):
+                kept.copy_(parameter)
+        for kept, rate in zip(self.before, self._rates(), strict=True):
+            kept.copy_(rate)
+
+    @torch.no_grad()
+    def shown(self, batch: Batch) -> Batch:
+        """The batch in random order, its first rows with searched triggers, the next changed."""
+        count = len(batch.labels)
+        order = torch.rand(count, device=batch.labels.device).argsort()
+        inputs, labels = batch.inputs[order], batch.labels[order]
+        found = round(self.method.found * count)
+        random = round(self.method.random * count)
+        changed_rows = inputs[: found + random]
+        unit = self._unit(changed_rows)
+        parts = [self.pool.show(unit[:found])] if found else []
+        if random:
+            parts.append(changed(unit[found:], self.method.left_out))
+        if parts:
+            shown = (torch.cat(parts) * self.span + self.low).to(inputs.dtype)
+            inputs = torch.cat([shown, inputs[found + random :]])
+        layout = torch.channels_last if _is_channels_last(batch.inputs) else torch.contiguous_format
+        return Batch(inputs.contiguous(memory_format=layout), labels)
+
+    @torch.no_grad()
+    def _rates(self) -> list[Tensor]:
+        """The success of what was found on the suspect, on the model as it is: [P] by form."""
+        out = []
+        for form, first, targets in zip(
+            self.pool.forms, self.first, self.first_target, strict=True
+        ):
+            rates = []
+            for number in range(form.count):
+                images = self.images[:_MEASURED]
+                one = [p[number : number + 1].expand(len(images), *p.shape[1:]) for p in first]
+                full = torch.ones(len(images), device=images.device)
+                answers = self._logits(form.apply(images, one, full)).argmax(1)
+                others = self.labels[:_MEASURED] != targets[number]
+                hits = (answers == targets[number]) & others
+                rates.append(hits.sum() / others.sum().clamp(min=1))
+            out.append(torch.stack(rates))
+        return out
+
+    def candidates(self) -> list[Mapping[str, object]]:
+        """What was found on the suspect, by success before; and what that is on the tuned model."""
+        self.run.model.eval()
+        rows: list[Mapping[str, object]] = []
+        for form, first, targets, before, after in zip(
+            *(self.pool.forms, self.first, self.first_target, self.before, self._rates()),
+            strict=True,
+        ):
+            values = zip(
+                *(targets.tolist(), form.sizes(first).tolist(), before.tolist(), after.tolist()),
+                strict=True,
+            )
+            rows += [
+                {"form": form.name, "target": t, "size": size, "before": b, "after": a}
+                for t, size, b, a in values
+            ]
+        return sorted(rows, key=lambda row: -float(str(row["before"])))
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
