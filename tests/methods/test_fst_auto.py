@@ -130,7 +130,7 @@ def test_auto_is_a_method_of_its_own_and_says_so():
 def test_auto_is_the_default_of_fst_alone():
     arguments = {"epochs": 1, "progress": False, "device": "cpu"}
     result = fst_fast.purify(make_model(), make_batches(), **arguments)
-    assert result.settings["method"] == "fst_auto"
+    assert result.settings["method"] == "trigger_unlearning"
     for method in ("ft", methods.get("fst", alpha=0.1)):
         result = fst_fast.purify(make_model(), make_batches(), method=method, **arguments)
         assert result.settings["method"] in ("ft", "fst")
@@ -197,8 +197,8 @@ def test_the_average_is_of_the_last_epochs():
             values.append(epoch**2)
     average.put_in()
     assert model.weight.tolist() == [[pytest.approx(sum(values) / 2)] * 2]
-    assert WeightAverage(model, 1.0, 3).first == 0
-    assert WeightAverage(model, 1e-9, 3).first == 2
+    assert WeightAverage(model, 1.0, 3, RunState()).first == 0
+    assert WeightAverage(model, 1e-9, 3, RunState()).first == 2
 
 
 def test_fresh_statistics_are_those_of_what_is_run():
