@@ -22,7 +22,7 @@ from fst_fast.sweep import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/reliability.md")
+DOCUMENTS = ("README.md", "docs/alpha.md", "docs/performance.md", "docs/reliability.md")
 
 
 def newest(pattern):
@@ -59,6 +59,42 @@ def evidence():
         for record in found
     ]
     return "\n\n".join(parts) or "Not yet measured."
+
+
+def suspects():
+    """Classifiers that others trained: clean accuracy / attack success (robust accuracy)."""
+    parts = []
+    for record in newest("*/*-suspects.json"):
+        cells = {}
+        for row in record["rows"]:
+            cells.setdefault((row["suspect"], row["method"]), []).append(row)
+        names = list(dict.fromkeys(name for name, _ in cells))
+        methods = list(dict.fromkeys(method for _, method in cells))
+        rows = [
+            [name, *(suspect_cell(cells.get((name, m), [])) for m in methods)] for name in names
+        ]
+        protocol = record["protocol"]
+        seeds = len({row["seed"] for row in record["rows"]} - {None})
+        title = (
+            f"{protocol['clean_images']} clean images, {protocol['test_images']} test images, "
+            f"{seeds} seed{'s' * (seeds != 1)}, {record['date']}, {commit_of(record)}:"
+        )
+        parts.append(f"{title}\n\n{markdown(['suspect', *methods], rows)}")
+    return "\n\n".join(parts) or "Not yet measured."
+
+
+def suspect_cell(rows):
+    """Means over the seeds; empty where nothing was run."""
+    if not rows:
+        return ""
+
+    def mean(name):
+        return percent(sum(row[name] for row in rows) / len(rows))
+
+    if rows[0]["attack_success"] is None:
+        return mean("clean_accuracy")
+    attack = f"{mean('attack_success')} ({mean('robust_accuracy')})"
+    return f"{mean('clean_accuracy')} / {attack}"
 
 
 def attacks():
@@ -265,6 +301,7 @@ TABLES = {
     "evaluate": evaluation,
     "end2end": end2end,
     "attacks": attacks,
+    "suspects": suspects,
     "reliability": reliability,
 }
 

@@ -96,11 +96,12 @@ def purify(
         loader: clean (images [B, C, H, W] float, labels [B] integer), normalised as in training:
             a DataLoader, a list of batches, a DeviceLoader, or a function that returns a fresh
             iterator for each epoch.
-        method: "fst", "ft", "ft_init", "fe", "lp", or a :class:`~fst_fast.methods.Method`.
+        method: a name in fst_fast.methods.METHODS, or a :class:`~fst_fast.methods.Method`.
         alpha: weight of FST's inner product, which runs FST as published (0.2 is the paper's for
-            CIFAR-10); what it does grows with lr and steps. "auto" turns the head to a cosine
-            instead: see :class:`~fst_fast.methods.fst_auto.FSTAuto`. None takes the method's own;
-            so does "auto" where the method is not "fst".
+            CIFAR-10); what it does grows with lr and steps. "auto" searches triggers on the model
+            and unlearns them instead:
+            :class:`~fst_fast.methods.trigger_unlearning.TriggerUnlearning`. None takes the
+            method's own; so does "auto" where the method is not "fst".
         epochs: passes over the loader; FST with ``alpha="auto"`` makes four times as many.
         lr: learning rate of the first epoch.
         momentum: of SGD, in [0, 1).

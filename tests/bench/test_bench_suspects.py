@@ -1,0 +1,94 @@
+"""benchmarks/suspects.py: every method on each suspect of a folder, resumed row by row."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import suspects as bench
+import tables
+from PIL import Image
+
+SUSPECTS = """
+import torch
+from torch import nn
+
+SUSPECTS = {"white": None, "clean": None}
+
+
+def corner(images):
+    out = images.copy()
+    out[:, -2:, -2:] = 255
+    return out
+
+
+def load(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    unit = ((0.0,) * 3, (1.0,) * 3)
+    return (model, unit, corner, 1) if name == "white" else (model, unit, None, None)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "suspects.py").write_text(SUSPECTS)
+    images = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file, "png")
+    encoded = [file.getvalue() for file in files]
+    for split in ("train", "test"):
+        np.savez(
+            tmp_path / f"{split}.npz",
+            encoded=np.frombuffer(b"".join(encoded), np.uint8),
+            offsets=np.cumsum([0, *map(len, encoded)]),
+            labels=np.arange(40) % 2,
+            classes=np.array(["a", "b"]),
+        )
+    return tmp_path
+
+
+def run(folder, monkeypatch, *methods):
+    arguments = ["suspects.py", str(folder), "--data", str(folder), "--methods", *methods]
+    arguments += ["--clean-images", "20", "--record", str(folder / "record.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench.main()
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_rows_are_measured_kept_and_tabulated(folder, monkeypatch):
+    record = run(folder, monkeypatch, "ft:1")
+    assert [(row["suspect"], row["method"]) for row in record["rows"]] == [
+        ("white", "none"),
+        ("white", "ft:1"),
+        ("clean", "none"),
+        ("clean", "ft:1"),
+    ]
+    assert record["rows"][0]["attack_success"] is not None
+    assert record["rows"][2]["attack_success"] is None
+    assert record["rows"][1]["epochs"] == 1
+    again = run(folder, monkeypatch, "ft:1", "fst:0.1")
+    assert again["rows"][: len(record["rows"])] == record["rows"], "nothing is made twice"
+    assert {row["method"] for row in again["rows"]} == {"none", "ft:1", "fst:0.1"}
+    (folder / "cpu").mkdir()
+    (folder / "record.json").rename(folder / "cpu" / "2026-01-01-suspects.json")
+    monkeypatch.setattr(tables, "RESULTS", folder)
+    text = tables.suspects()
+    assert "| suspect | none | ft:1 | fst:0.1 |" in text
+    clean = record["rows"][3]["clean_accuracy"]
+    assert f"| {100 * clean:.1f} |" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("auto", {"method": "fst", "alpha": "auto", "epochs": 10}),
+        ("fst:0.2", {"method": "fst", "alpha": 0.2, "epochs": 10}),
+        ("ft:40", {"method": "ft", "alpha": None, "epochs": 40}),
+        ("fst_auto", {"method": "fst_auto", "alpha": None, "epochs": 10}),
+    ],
+)
+def test_methods_by_name(written, expected):
+    assert bench.settings_of(written) == expected
