@@ -84,10 +84,12 @@ def purify(
 ) -> PurifyResult:
     """Tune a suspect classifier on clean images so that its backdoor goes.
 
-    Feature Shift Tuning (Min et al., NeurIPS 2023, arXiv 2310.01875, section 4): re-initialise
-    the head, minimise ``cross-entropy + alpha * <W, W0>`` over all parameters by SGD under a
-    cosine learning rate stepped per epoch, and after every step scale the head's weight W back to
-    the norm of the original weight W0. Attack success is not measured here: that takes the
+    By default small universal triggers are searched on the model and shown to it with the images'
+    true labels (:class:`~fst_fast.methods.trigger_unlearning.TriggerUnlearning`). With a number as
+    ``alpha``, Feature Shift Tuning (Min et al., NeurIPS 2023, arXiv 2310.01875, section 4):
+    re-initialise the head, minimise ``cross-entropy + alpha * <W, W0>`` over all parameters by SGD
+    under a cosine learning rate stepped per epoch, and after every step scale the head's weight W
+    back to the norm of the original weight W0. Attack success is not measured here: that takes the
     trigger (:func:`fst_fast.evaluate`).
 
     Args:
