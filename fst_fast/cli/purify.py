@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import checkpoints, methods
 from ..data import image_sets, normalization
@@ -13,6 +15,7 @@ from ..ops import backends
 from ..tuning import profiling
 from ..tuning.arguments import lost_note
 from ..tuning.purify import purify
+from ..tuning.result import PurifyResult
 from . import inputs, report
 from .labels import check
 from .measured import answers
@@ -30,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=normalization.alpha,
         default="auto",
         help="weight of FST's <W, W0>, or auto (default)",
+    )
+    parser.add_argument(
+        "--method-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the method, JSON value",
     )
     parser.add_argument(
         "--project", action=argparse.BooleanOptionalAction, help="hold the head's norm, or not"
@@ -119,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         },
     )
     _print_outcome(before.accuracy, after.clean_accuracy, images, where)
+    _print_findings(result, images)
     print(f"wrote {options.out} (sha256 {manifest['sha256']})")
     if options.report is not None:
         report.write_after(options, result, suspect, validation, manifest)
@@ -136,7 +147,24 @@ def _print_outcome(before: float, after: float, images: image_sets.ImageSet, whe
         print(f"warning: {note}", file=sys.stderr)
 
 
+def _print_findings(result: PurifyResult, images: image_sets.ImageSet) -> None:
+    """Say what of each form worked best on the suspect, and what is left of it."""
+    best: dict[object, Mapping[str, Any]] = {}
+    for found in result.findings:
+        best.setdefault(found["form"], found)
+    for form, found in best.items():
+        target = found["target"]
+        name = images.classes[target] if target < len(images.classes) else target
+        print(
+            f"strongest trigger found, {form}: class {name}, answered for "
+            f"{100 * found['before']:.0f} % of other images before and "
+            f"{100 * found['after']:.0f} % after"
+        )
+    if best:
+        print("triggers of other forms were not looked for: this is no proof that there are none")
+
+
 def _method(options: argparse.Namespace) -> methods.Method:
     given = {"alpha": options.alpha, "project": options.project}
     settings = {name: value for name, value in given.items() if value is not None}
-    return methods.get(options.method, **settings)
+    return methods.get(options.method, **settings, **normalization.options(options.method_option))

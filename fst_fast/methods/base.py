@@ -156,7 +156,7 @@ class Run(Protocol):
     head_only_until: int
     classes: int
     memo: dict[str, Any]
-    findings: list[Mapping[str, object]]
+    findings: list[Mapping[str, Any]]
 
     def average_weights(self, share: float) -> None:
         """Average the weights over this share of the epochs, at the end of the run."""

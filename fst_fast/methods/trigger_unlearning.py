@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -246,10 +246,10 @@ class _Search:
             out.append(torch.stack(rates))
         return out
 
-    def candidates(self) -> list[Mapping[str, object]]:
+    def candidates(self) -> list[Mapping[str, Any]]:
         """What was found on the suspect, by success before; and what that is on the tuned model."""
         self.run.model.eval()
-        rows: list[Mapping[str, object]] = []
+        rows: list[Mapping[str, Any]] = []
         for form, first, targets, before, after in zip(
             *(self.pool.forms, self.first, self.first_target, self.before, self._rates()),
             strict=True,
@@ -262,7 +262,7 @@ class _Search:
                 {"form": form.name, "target": t, "size": size, "before": b, "after": a}
                 for t, size, b, a in values
             ]
-        return sorted(rows, key=lambda row: -float(str(row["before"])))
+        return sorted(rows, key=lambda row: -row["before"])
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -98,7 +98,7 @@ class Tuner:
         self.average: WeightAverage | None = None
         self.classes = len(self.head.weight0)
         self.memo: dict[str, Any] = {}
-        self.findings: list[Mapping[str, object]] = []
+        self.findings: list[Mapping[str, Any]] = []
         self.history: list[EpochRecord] = []
         self.stopped: str | None = None
         self.position = Position()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class PurifyResult:
     settings: Mapping[str, object]
     head_shift: HeadShift
     stopped: str | None
-    findings: tuple[Mapping[str, object], ...] = ()
+    findings: tuple[Mapping[str, Any], ...] = ()
 
     def save(self, path: str | Path, **facts: object) -> dict[str, object]:
         """Write the weights as safetensors, and beside them a JSON manifest; both atomically.
@@ -137,6 +138,7 @@ class PurifyResult:
             "head_shift": asdict(self.head_shift),
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "findings": [dict(found) for found in self.findings],
             "attack_success": "not measured",
             **facts,
         }

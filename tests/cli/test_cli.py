@@ -63,6 +63,21 @@ def test_purify_writes_weights_and_manifest(files, capsys):
     assert not torch.equal(old["head.weight"], new["head.weight"])
 
 
+def test_purify_tells_what_was_found_and_takes_settings_of_the_method(files, capsys):
+    option = ["--method-option", 'forms=["mask"]', "--method-option", "mask_area=0.1"]
+    assert run_purify(files, "--quiet", *option) == 0
+    printed = capsys.readouterr().out
+    assert "strongest trigger found, mask: class" in printed
+    assert "no proof that there are none" in printed
+    manifest = json.loads((files / "out.json").read_text())
+    assert manifest["settings"]["method"] == "trigger_unlearning"
+    assert manifest["settings"]["forms"] == ["mask"]
+    assert {row["form"] for row in manifest["findings"]} == {"mask"}
+    assert all(row["size"] <= 0.1001 for row in manifest["findings"])
+    assert run_purify(files, "--quiet", "--method-option", "area=0.1") == 1
+    assert "does not take area" in capsys.readouterr().err
+
+
 def test_same_seed_same_file(files):
     digests = []
     for _ in range(2):
