@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from ..data.batches import Batches, check_batch
 from ..data.device_loader import DeviceLoader
 from ..data.prefetch import HostLoader
 from ..heads.tap import FeatureTap
-from ..methods import Batch, Closure, Method
+from ..methods import Method, Run
 from .averaging import WeightAverage, fresh_statistics
 from .batch_source import Feed, cache_features, open_feed
 from .cuda_graphs import Recording, Replays
@@ -88,10 +89,13 @@ class Tuner:
         self.model, self.method, self.settings = model, method, settings
         self.epochs, self.head_lr, self.head_only_until = settings.epochs, 1.0, 0
         self.state = RunState()
+        # Without a circle, the memory of a run is free as soon as nobody holds its Tuner.
+        view: Run = weakref.proxy(self)
+        self._view = view
         self.step = Step(
             *(model, head, method, settings, tap, self.state),
-            gradients=self._gradients,
-            after=lambda: method.after_step(self),
+            gradients=lambda batch, closure: method.gradients(view, batch, closure),
+            after=lambda: method.after_step(view),
             probabilities=probabilities,
         )
         self.head, self.guard = self.step.head, self.step.guard
@@ -107,9 +111,6 @@ class Tuner:
         self._queued: list[tuple[Position, int]] = []
         self._replays: Replays | None = None
         self._batches: Batches | None = None
-
-    def _gradients(self, batch: Batch, closure: Closure) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.method.gradients(self, batch, closure)
 
     @property
     def head_only(self) -> bool:
@@ -171,7 +172,7 @@ class Tuner:
     def begin(self, batches: Batches) -> None:
         """Let the method prepare; its tensors are registered then."""
         self._batches = batches
-        self.method.begin(self)
+        self.method.begin(self._view)
 
     def run(
         self,
@@ -245,11 +246,13 @@ class Tuner:
         return feed
 
     def _make_replays(self, batches: Batches, report: ProgressReport) -> Replays:
+        required = self._recording.required
+
         def refused(reason: str, steps: int) -> None:
             if steps > 1:
                 report.note(f"purify: replays one step at a time: {reason}")
                 return
-            if self._recording.required:
+            if required:
                 raise RuntimeError(
                     f"purify: graphs=True needs a step that can be recorded, but {reason}; leave "
                     "graphs out to run without"
@@ -269,7 +272,7 @@ class Tuner:
     def _begin(self, epoch: int) -> float:
         """Set the learning rates of an epoch and what is trained in it; returns the former."""
         step = self.step
-        self.method.begin_epoch(self, epoch)
+        self.method.begin_epoch(self._view, epoch)
         lr = self.settings.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         step.lr.fill_(lr)
         step.head_lr.fill_(lr * self.head_lr)
@@ -372,7 +375,7 @@ class Tuner:
                         self.head.weight.mul_(self.head.norm0 / self.head.weight.norm())
                 self._measure_statistics(batches, epoch)
         if last:
-            self.method.finish(self)
+            self.method.finish(self._view)
 
     def _measure_statistics(self, batches: Batches, epoch: int) -> None:
         """Measure the statistics of batch norm anew, on the images of an epoch."""

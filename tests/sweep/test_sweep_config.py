@@ -56,7 +56,7 @@ def refused(path, *texts):
             {"methods": ["fst", "trigger_unlearning"], "alphas": ["auto"]},
             [
                 "must make different cells, got fst with alpha auto and trigger_unlearning with "
-                "alpha auto"
+                "alpha None"
             ],
         ),
         ({"epochs": 0}, ["epochs must be a whole number >= 1, got 0"]),

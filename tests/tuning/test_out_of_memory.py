@@ -43,11 +43,11 @@ def on_cpu():
     return RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("alpha", [0.1, "auto"])
+@pytest.mark.parametrize("settings", [{"alpha": 0.1}, {"method": "fst_auto"}], ids=str)
 @pytest.mark.parametrize("room", [11, 3, 1])
-def test_split_batches_give_the_same_run(room, alpha):
-    tuned = quick(Narrow(room), batches(), alpha=alpha, epochs=4)
-    whole = quick(without_batch_norm(), batches(), alpha=alpha, epochs=4)
+def test_split_batches_give_the_same_run(room, settings):
+    tuned = quick(Narrow(room), batches(), epochs=4, **settings)
+    whole = quick(without_batch_norm(), batches(), epochs=4, **settings)
     assert len(tuned.history) == len(whole.history)
     for one, other in zip(tuned.history, whole.history, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)

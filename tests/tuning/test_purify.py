@@ -1,10 +1,12 @@
 """The public verb: what it returns, what it leaves alone, which loaders it takes."""
 
 import copy
+import gc
 import io
 import json
 import multiprocessing
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fst_fast
+from fst_fast.tuning import loop
 from fst_fast.tuning.progress import ProgressReport
 
 
@@ -177,6 +180,26 @@ def test_persistent_workers_are_not_a_one_shot_iterator():
     loader = DataLoader(dataset, 8, num_workers=1, persistent_workers=True)
     expected = quick(make_model(), make_batches()).model.state_dict()
     assert equal_states(expected, quick(make_model(), loader).model.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 0.1}, {"alpha": "auto"}], ids=str)
+def test_a_run_s_memory_is_free_at_its_end(settings, monkeypatch):
+    """Without waiting for Python's search for circles: on a GPU that memory is gigabytes."""
+    made = []
+    real = loop.Tuner.__init__
+
+    def noted(self, *given):
+        made.append(weakref.ref(self))
+        real(self, *given)
+
+    monkeypatch.setattr(loop.Tuner, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        quick(make_model(), make_batches(), epochs=1, **settings)
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_no_worker_is_left_behind():
