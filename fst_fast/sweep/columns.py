@@ -103,6 +103,11 @@ def row_of(done: Done) -> Row:
     return {column.name: column.value(done) for column in COLUMNS}
 
 
+def as_now(row: Row) -> Row:
+    """A row that was written down, with the columns of now: one that it lacks is None."""
+    return {column.name: row.get(column.name) for column in COLUMNS}
+
+
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows for people."""
     columns = [column for column in COLUMNS if column.heading is not None]

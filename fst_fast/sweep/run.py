@@ -72,7 +72,7 @@ def run_sweep(path: str | Path, *, retry_failed: bool = False, quiet: bool = Fal
         GridProgress(sweep, first and not quiet) as progress,
     ):
         sweep.fill(progress)
-    rows = [sweep.store.row(cell) for cell in cells]
+    rows = [columns.as_now(sweep.store.row(cell)) for cell in cells]
     if first:
         _conclude(config, rows)
     return 0 if not any(row["error"] or row["stopped"] for row in rows) else 1

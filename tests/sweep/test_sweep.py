@@ -288,3 +288,19 @@ def test_a_column_is_one_entry(tmp_path, monkeypatch, capsys):
     assert float(got["norm"]) > 0
     assert got["tested"] == "18"
     assert "tested" in capsys.readouterr().out
+
+
+def test_a_sweep_goes_on_when_the_columns_are_others(tmp_path, monkeypatch, capsys):
+    """What a finished cell does not hold is empty; what is no column any more is left out."""
+    config = write_sweep(tmp_path / "a", 1, methods=["lp"], alphas=None)
+    assert sweep(config) == 0
+    (before,) = table(config.parent / "out")
+    kept = [column for column in columns.COLUMNS if column.name != "cosine"]
+    norm = columns.Column("norm", float, "result.head_shift.norm", "norm")
+    monkeypatch.setattr(columns, "COLUMNS", (*kept, norm))
+    capsys.readouterr()
+    assert sweep(config) == 0
+    (after,) = table(config.parent / "out")
+    del before["cosine"]
+    assert after == before | {"norm": ""}
+    assert "norm" in capsys.readouterr().out
