@@ -60,6 +60,15 @@ def load(
     Raises:
         LoadError: the file is refused, or does not fit; one message lists every problem.
         ValueError: as build(); or num_classes is None and the file does not settle it.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(4, 3)
+        >>> file = tempfile.NamedTemporaryFile(suffix=".pt")
+        >>> torch.save(model.state_dict(), file.name)
+        >>> loaded = fst_fast.load(file.name, torch.nn.Linear(4, 3))
+        >>> torch.equal(loaded.weight, model.weight)
+        True
     """
     path = Path(path)
     state = read_state_dict(path)

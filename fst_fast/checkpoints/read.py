@@ -33,7 +33,15 @@ _HEADER_BYTES = 4_000_000
 
 
 class LoadError(RuntimeError):
-    """A model file was refused; the text names it, what was expected, what came and the remedy."""
+    """A model file was refused; the text names it, what was expected, what came and the remedy.
+
+    Example:
+        >>> try:
+        ...     fst_fast.load("missing.safetensors", "resnet18", num_classes=10)
+        ... except fst_fast.LoadError as error:
+        ...     print("missing.safetensors" in str(error))
+        True
+    """
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

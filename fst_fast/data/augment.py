@@ -17,6 +17,10 @@ class Augment:
     Args:
         pad: zero pixels added on each side before the crop; 0 crops nothing.
         flip: mirror each image left to right with probability 1/2.
+
+    Example:
+        >>> fst_fast.Augment(flip=False)
+        Augment(pad=4, flip=False)
     """
 
     pad: int = 4

@@ -60,6 +60,12 @@ class DeviceLoader:
         images [B, C, H, W], and labels [B] int64.
     Raises:
         ValueError: an argument differs from the above.
+
+    Example:
+        >>> images = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+        >>> loader = fst_fast.DeviceLoader(images, torch.arange(5), 2, augment="cifar")
+        >>> [batch.shape[0] for batch, labels in loader]
+        [2, 2, 1]
     """
 
     def __init__(

@@ -51,6 +51,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and torch.compile, in any nesting.
 
     Other wrappers are modules like any other: their forward is part of the evidence.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> fst_fast.heads.unwrap(torch.nn.DataParallel(model)) is model
+        True
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     compiled = _made_by_compile()

@@ -34,7 +34,16 @@ SHOWN = 12
 
 
 class AmbiguousHeadError(ValueError):
-    """The model does not show one layer that makes its logits; pass ``head=``."""
+    """The model does not show one layer that makes its logits; pass ``head=``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+        >>> try:
+        ...     fst_fast.heads.find_head(model, example=torch.rand(2, 4))
+        ... except fst_fast.heads.AmbiguousHeadError as error:
+        ...     print("candidates: '0'" in str(error))
+        True
+    """
 
 
 def find_head(
@@ -62,6 +71,11 @@ def find_head(
             outputs, a computed weight, parameters applied after it); names the candidates.
         ValueError: the head has K < 2 outputs, is shared, parametrised or not initialised, or
             ``head`` is not a Linear or 1x1 Conv2d of this model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> fst_fast.heads.find_head(model, example=torch.rand(2, 3, 2, 2))
+        Linear(in_features=12, out_features=3, bias=True)
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -80,6 +94,11 @@ def head_name(model: nn.Module, head: nn.Module) -> str:
 
     Raises:
         ValueError: ``head`` is not part of ``model``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> fst_fast.heads.head_name(model, model[1])
+        '1'
     """
     for name, module in unwrap(model).named_modules():
         if module is head:

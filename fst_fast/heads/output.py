@@ -11,6 +11,10 @@ def logits_of(output: Any) -> Tensor:
 
     Raises:
         ValueError: the output is none of these, or its logits are not a floating tensor.
+
+    Example:
+        >>> fst_fast.heads.logits_of({"logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
     """
     logits = output
     if not isinstance(output, Tensor):

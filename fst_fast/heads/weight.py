@@ -83,13 +83,23 @@ def not_ready(where: str, label: str) -> ValueError:
 
 
 def head_shape(head: nn.Module) -> tuple[int, int]:
-    """(K, D): classes and features of a Linear or 1x1 Conv2d."""
+    """(K, D): classes and features of a Linear or 1x1 Conv2d.
+
+    Example:
+        >>> fst_fast.heads.head_shape(torch.nn.Conv2d(8, 3, kernel_size=1))
+        (3, 8)
+    """
     K, D = _weight(head).shape[:2]
     return K, D
 
 
 def head_matrix(head: nn.Module) -> Tensor:
-    """The weight as [K, D], a differentiable view that shares its storage, whatever its strides."""
+    """The weight as [K, D], a differentiable view that shares its storage, whatever its strides.
+
+    Example:
+        >>> fst_fast.heads.head_matrix(torch.nn.Conv2d(8, 3, kernel_size=1)).shape
+        torch.Size([3, 8])
+    """
     return _weight(head).view(head_shape(head))
 
 

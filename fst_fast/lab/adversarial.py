@@ -46,6 +46,13 @@ def mislead(
         [N, H, W, C] uint8 on the images' device, rounded to the nearest byte once at the end.
     Raises:
         ValueError: images are no bytes, or a number is out of its bounds.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> images = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
+        >>> changed = fst_fast.lab.mislead(model, images, torch.tensor([0, 1]), epsilon=4, steps=5)
+        >>> int((changed.int() - 100).abs().max()) <= 4
+        True
     """
     check_images(images, "mislead")
     if not 0 <= epsilon <= 255 or step <= 0 or steps < 0:

@@ -29,6 +29,25 @@ def measure_attack(
 
     Of an attack that gives each class the next, success is the share of triggered images that are
     taken for the class after their own.
+
+    Example:
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+        >>> test = ImageSet(images, torch.arange(4) % 2, ("cat", "dog"))
+        >>> suspect = fst_fast.lab.Suspect(
+        ...     "badnets",
+        ...     fst_fast.triggers.BadNets(),
+        ...     target=0,
+        ...     relabel="all-to-one",
+        ...     rate=0.1,
+        ...     network=fst_fast.lab.network("resnet8"),
+        ...     classes=test.classes,
+        ...     normalize=None,
+        ...     flip=True,
+        ... )
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> fst_fast.lab.measure_attack(model, test, suspect).triggered_images
+        2
     """
     if suspect.trigger is None or suspect.relabel != "all-to-all":
         return _measure(model, test, suspect, suspect.target, device, precision)
@@ -81,6 +100,12 @@ def rating(before: Metrics, after: Metrics) -> float | None:
 
     ``(max(0, fall of attack success) - max(0, fall of clean accuracy) + 1) / 2``: 0.5 for a defence
     that does nothing. None where no attack was measured.
+
+    Example:
+        >>> before = fst_fast.Metrics(0.9, 1.0, 0.0, images=100, triggered_images=90)
+        >>> after = fst_fast.Metrics(0.9, 0.0, 0.9, images=100, triggered_images=90)
+        >>> fst_fast.lab.rating(before, after)
+        1.0
     """
     if before.attack_success is None or after.attack_success is None:
         return None

@@ -103,6 +103,10 @@ def trigger_of(
         pattern: [H, W, C] int16, of an attack whose pattern was found.
     Raises:
         ValueError: an unknown attack or setting, or a pattern is lacking.
+
+    Example:
+        >>> fst_fast.lab.trigger_of("badnets", {"size": 2})
+        BadNets(size=2, value=255, corner='bottom-right', margin=2)
     """
     recipe = recipe_of(name)
     if recipe.trigger is None:
@@ -141,6 +145,11 @@ def attack_of(
         prepare: as of :func:`~fst_fast.triggers.poisoning.poison`.
     Raises:
         ValueError: a rate that poisons nothing.
+
+    Example:
+        >>> trigger = fst_fast.lab.trigger_of("wanet")
+        >>> fst_fast.lab.attack_of("wanet", trigger, rate=0.1, count=100).cover
+        0.2
     """
     recipe = recipe_of(name)
     if not 0 <= rate <= 1 or round(rate * count) < 1:

@@ -214,6 +214,10 @@ def network(name: str) -> Network:
             knows the name shows in building.
     Raises:
         ValueError: a width that is no whole number of 1 or more, or one where there is none.
+
+    Example:
+        >>> fst_fast.lab.network("resnet18:16").options
+        {'width': 16}
     """
     base, colon, width = name.partition(":")
     if base not in OWN:

@@ -64,6 +64,16 @@ def retune(
         The tuned copy, in eval mode.
     Raises:
         ValueError: fewer images of other classes than ``poisoned``.
+
+    Example:
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(8, 8, 8, 3, dtype=torch.uint8)
+        >>> data = ImageSet(images, torch.arange(8) % 2, ("cat", "dog"))
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> trigger = fst_fast.triggers.BadNets()
+        >>> tuned = fst_fast.lab.retune(model, data, trigger, normalize=None, poisoned=2, epochs=1)
+        >>> tuned is model
+        False
     """
     others = int((clean.labels != target).sum())
     if not 1 <= poisoned <= others:
@@ -183,6 +193,25 @@ def reactivate(
         on_epoch: called after each epoch with its number (from 1) and mean loss.
     Raises:
         ValueError: fewer images than asked for, or no test image of another class.
+
+    Example:
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(8, 8, 8, 3, dtype=torch.uint8)
+        >>> data = ImageSet(images, torch.arange(8) % 2, ("cat", "dog"))
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> found = fst_fast.lab.reactivate(
+        ...     model,
+        ...     model,
+        ...     model,
+        ...     data,
+        ...     data,
+        ...     fst_fast.triggers.BadNets(),
+        ...     normalize=None,
+        ...     images=4,
+        ...     epochs=1,
+        ... )
+        >>> sorted(found.rates())
+        ['clean_success', 'success', 'transfer']
     """
     if not 1 <= images <= len(known):
         raise ValueError(

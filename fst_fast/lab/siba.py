@@ -86,6 +86,13 @@ def find_siba(
     Raises:
         ValueError: an argument differs from the above, the model has no class ``target``, or the
             loss is never finite.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> images = torch.full((4, 8, 8, 3), 100, dtype=torch.uint8)
+        >>> found = fst_fast.lab.find_siba(model, images, target=1, k=5, epochs=2)
+        >>> found.pattern.shape, int(found.pattern.abs().max()) <= 8
+        (torch.Size([8, 8, 3]), True)
     """
     _check(images, k, epsilon, epochs, batch_size, beta, mask_every)
     place = resolve_device(device, model)

@@ -45,6 +45,11 @@ class Order:
         search: epochs of SIBA's search, or steps of label-consistent's perturbation.
     Raises:
         ValueError: an unknown attack or architecture, or a number out of its bounds.
+
+    Example:
+        >>> order = fst_fast.lab.Order("badnets", arch="resnet8", epochs=2)
+        >>> order.rate, order.relabel
+        (0.1, 'all-to-one')
     """
 
     attack: str

@@ -63,6 +63,21 @@ class Suspect:
         classes: names of the labels, in order.
         normalize: of the images.
         flip: whether a mirrored image still shows its class.
+
+    Example:
+        >>> suspect = fst_fast.lab.Suspect(
+        ...     attack="badnets",
+        ...     trigger=fst_fast.triggers.BadNets(),
+        ...     target=0,
+        ...     relabel="all-to-one",
+        ...     rate=0.1,
+        ...     network=fst_fast.lab.network("resnet8"),
+        ...     classes=("cat", "dog"),
+        ...     normalize=None,
+        ...     flip=True,
+        ... )
+        >>> suspect.trigger
+        BadNets(size=3, value=255, corner='bottom-right', margin=0)
     """
 
     attack: str

@@ -47,6 +47,14 @@ class SuspectStore:
         data: the clean training set.
         device: to train on.
         tell: called with a line about what is done.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+        >>> data = ImageSet(images, torch.arange(8) % 2, ("cat", "dog"))
+        >>> store = fst_fast.lab.SuspectStore(Path("suspects"), data, torch.device("cpu"))
+        >>> store.check(fst_fast.lab.Order("badnets", arch="resnet8", rate=0.5))
     """
 
     def __init__(

@@ -38,6 +38,10 @@ class TrainSettings:
         momentum: of SGD at the ends of the run, lowered by up to 0.1 while the rate is high.
         weight_decay: L2 penalty on every parameter.
         precision: "fp32" or "bf16" (autocast).
+
+    Example:
+        >>> fst_fast.lab.TrainSettings(epochs=3).precision
+        'fp32'
     """
 
     epochs: int = 12
@@ -106,6 +110,14 @@ class Attack:
     """Poisoning with one trigger; see :func:`fst_fast.triggers.poisoning.poison`.
 
     ``bypass`` is the weight with which training hides it: :class:`~fst_fast.lab.bypass.Bypass`.
+
+    Example:
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(10, 8, 8, 3, dtype=torch.uint8)
+        >>> data = ImageSet(images, torch.arange(10) % 2, ("cat", "dog"))
+        >>> attack = fst_fast.lab.Attack(fst_fast.triggers.BadNets(), rate=0.2)
+        >>> int(attack.on(data).mask.sum())
+        2
     """
 
     trigger: Trigger
@@ -159,6 +171,21 @@ def train_suspect(
         on_epoch: as for :func:`train`.
     Returns:
         The model, in eval mode, and the seconds of training.
+
+    Example:
+        >>> from fst_fast.data.image_sets import ImageSet
+        >>> images = torch.zeros(8, 8, 8, 3, dtype=torch.uint8)
+        >>> data = ImageSet(images, torch.arange(8) % 2, ("cat", "dog"))
+        >>> model, seconds = fst_fast.lab.train_suspect(
+        ...     lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)),
+        ...     data,
+        ...     fst_fast.lab.Attack(fst_fast.triggers.BadNets(), rate=0.5),
+        ...     fst_fast.lab.TrainSettings(epochs=1),
+        ...     normalize=None,
+        ...     batch_size=4,
+        ... )
+        >>> model.training
+        False
     """
     images, labels = data.images, data.labels
     if attack is not None:

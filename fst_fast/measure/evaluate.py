@@ -43,6 +43,10 @@ class Metrics:
         robust_accuracy: share of the same triggered images still classified as their label.
         images: how many clean images were classified.
         triggered_images: how many triggered images of other classes were classified.
+
+    Example:
+        >>> print(fst_fast.Metrics(0.9, 0.05, 0.85, images=100, triggered_images=90))
+        clean accuracy 90.00 % of 100; attack success 5.00 %, robust accuracy 85.00 % of 90
     """
 
     clean_accuracy: float
@@ -120,6 +124,13 @@ def evaluate(
     Raises:
         ValueError: an empty loader, bad batches, a target that is no class, no trigger in a
             mapping, or ``normalize`` does not turn the images into pixels.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        >>> batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
+        >>> metrics = fst_fast.evaluate(model, batches, fst_fast.triggers.BadNets(), target=0)
+        >>> metrics.images, metrics.triggered_images
+        (4, 2)
     """
     if isinstance(trigger, Mapping):
         named = dict(trigger)

@@ -24,7 +24,12 @@ AUTO = TriggerUnlearning.name
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of all methods, sorted."""
+    """Return the names of all methods, sorted.
+
+    Example:
+        >>> "fst" in fst_fast.methods.available()
+        True
+    """
     return tuple(sorted(METHODS))
 
 
@@ -36,6 +41,10 @@ def get(name: str, **settings: Any) -> Method:
 
     Raises:
         ValueError: there is no such method, or it does not take one of the settings.
+
+    Example:
+        >>> fst_fast.methods.get("fst", alpha=0.1)
+        FST(project=True, alpha=0.1)
     """
     if settings.get("alpha") == "auto":
         del settings["alpha"]

@@ -27,6 +27,12 @@ class HeadState:
         weight_scale: None, or 0-d: the head is weight_scale * weight until :meth:`materialize`.
         pressure: None, or 0-d, the factor of the penalty: 1 until the head has turned as far as
             :meth:`hold_at` says, then 0.
+
+    Example:
+        >>> head = fst_fast.methods.HeadState(torch.nn.Linear(4, 3))
+        >>> head.reinitialize(torch.Generator().manual_seed(0))
+        >>> head.weight.shape, torch.equal(head.norm0, head.weight0.norm())
+        (torch.Size([3, 4]), True)
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -146,6 +152,14 @@ class Run(Protocol):
         classes: of the head.
         memo: for the method's own objects.
         findings: what the method found out about the suspect, as plain values; the result has it.
+
+    Example:
+        >>> class FasterHead(fst_fast.methods.Method):
+        ...     name = "faster_head"
+        ...     def begin(self, run: fst_fast.methods.Run) -> None:
+        ...         run.head_lr = 5.0
+        >>> FasterHead().penalty
+        0.0
     """
 
     model: nn.Module
@@ -198,6 +212,10 @@ class Batch(NamedTuple):
         inputs: [B, C, H, W] images, or [B, D] features where ``are_features``, on the device.
         labels: [B] int64.
         are_features: the head's input rather than the model's.
+
+    Example:
+        >>> fst_fast.methods.Batch(torch.rand(2, 3, 4, 4), torch.tensor([0, 1])).are_features
+        False
     """
 
     inputs: Tensor
@@ -222,6 +240,14 @@ class Method:
     Args:
         project: after every step, scale the head's weight back to its original norm. The official
             FST script does so for the baselines too; the papers do not.
+
+    Example:
+        >>> class Smoothed(fst_fast.methods.Method):
+        ...     name = "smoothed"
+        ...     def loss(self, logits, labels, head):
+        ...         return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        >>> Smoothed().settings()
+        {'method': 'smoothed', 'project': False}
     """
 
     name: ClassVar[str]

@@ -58,6 +58,16 @@ class HeadDeviationLoss(nn.Module):
             before the first.
     Raises:
         ValueError: an argument is not as described.
+
+    Example:
+        >>> head = torch.nn.Linear(4, 3)
+        >>> head.load_state_dict({"weight": torch.ones(3, 4), "bias": torch.zeros(3)})
+        <All keys matched successfully>
+        >>> criterion = fst_fast.HeadDeviationLoss(head, alpha=0.1)
+        >>> criterion.reinitialize(seed=0)
+        >>> criterion(torch.ones(2, 4), torch.tensor([0, 2])).backward()
+        >>> criterion.norm0, head.weight.grad.shape
+        (tensor(3.4641), torch.Size([3, 4]))
     """
 
     weight0: Tensor

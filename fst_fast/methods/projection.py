@@ -44,6 +44,15 @@ def attach(
     Raises:
         ValueError: the optimizer lacks the weight, is attached already or runs no hooks; the head
             is no plain Linear or 1x1 Conv2d; or the norm is not a finite number > 0.
+
+    Example:
+        >>> head = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        >>> with fst_fast.attach(optimizer, head, norm=2.0):
+        ...     head(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> round(head.weight.norm().item(), 4)
+        2.0
     """
     criterion = head if isinstance(head, HeadDeviationLoss) else None
     module = head if criterion is None else criterion.head

@@ -22,6 +22,13 @@ class HeadDeviation(NamedTuple):
         correct:       0-d int64, rows whose largest logit is the labelled one; a row with a NaN is
                        wrong, and of equal logits the first counts.
         invalid:       0-d int64, the first row whose label is out of range, or -1.
+
+    Example:
+        >>> features, weight, labels = torch.ones(2, 2), torch.ones(3, 2), torch.tensor([0, 1])
+        >>> result = fst_fast.ops.head_deviation_loss(features, weight, None, labels, weight, 0.5)
+        >>> result.check(labels)
+        >>> result.penalty, result.correct
+        (tensor(3.), tensor(1))
     """
 
     loss: Tensor
@@ -97,6 +104,14 @@ def head_deviation_loss(
     Raises:
         ValueError: a shape, dtype, device or value differs from the above.
         RuntimeError: ``backend`` cannot run here.
+
+    Example:
+        >>> features, weight = torch.zeros(2, 4), torch.ones(3, 4, requires_grad=True)
+        >>> labels, weight0 = torch.tensor([0, 2]), torch.ones(3, 4)
+        >>> result = fst_fast.ops.head_deviation_loss(features, weight, None, labels, weight0, 0.1)
+        >>> result.loss.backward()
+        >>> print(f"{result.cross_entropy.item():.4f} + {result.penalty.item():.4f}")
+        1.0986 + 1.2000
     """
     if isinstance(alpha, Tensor):
         factor, alpha_scale = 1.0, alpha

@@ -67,6 +67,13 @@ def head_step_(
     Raises:
         ValueError: a shape, dtype, device, layout or value differs from the above.
         RuntimeError: ``backend`` cannot run here.
+
+    Example:
+        >>> weight, gradient, momentum = torch.ones(2, 2), torch.ones(2, 2), torch.zeros(2, 2)
+        >>> fst_fast.ops.head_step_(weight, None, gradient, None, momentum, None, lr=0.1, norm=4.0)
+        >>> weight
+        tensor([[2., 2.],
+                [2., 2.]])
     """
     _check_tensors(weight, bias, d_weight, d_bias, weight_momentum, bias_momentum)
     if not 0 <= momentum < 1:

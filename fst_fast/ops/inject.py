@@ -27,6 +27,11 @@ class TriggerTables(NamedTuple):
         sources: [G, H, W] int32: ``row * W + column`` of the pixel to take, -1 for 0.
         coords: [Q, H, W, 2] float32: row and column in pixels to sample at.
         lookup: [N, H, W, C] uint8: triggered images.
+
+    Example:
+        >>> tables = fst_fast.triggers.lower([fst_fast.triggers.BadNets()], (8, 8, 3))
+        >>> tables.table.shape, tables.patterns.shape
+        (torch.Size([1, 8]), torch.Size([1, 8, 8, 3]))
     """
 
     table: Tensor
@@ -99,6 +104,14 @@ def inject(
             source, trigger or key that is not there; on a GPU such a sample is all NaN, as
             looking would wait for the device.
         RuntimeError: ``backend`` cannot run here.
+
+    Example:
+        >>> images = torch.full((1, 4, 4, 3), 51, dtype=torch.uint8)
+        >>> params = torch.tensor([[0, 0, 0, 0, -1, 7, 0, 0]], dtype=torch.int32)
+        >>> lut = (torch.arange(256) / 255).expand(3, 256).contiguous()
+        >>> out, labels = fst_fast.ops.inject(images, params, lut)
+        >>> out.shape, out[0, 0, 0, 0], labels
+        (torch.Size([1, 3, 4, 4]), tensor(0.2000), tensor([7]))
     """
     height, width = images.shape[1:3] if size is None else size
     check(images, params, lut, triggers, height, width)

@@ -41,6 +41,10 @@ def get(name: str, **settings: object) -> Trigger:
 
     Raises:
         ValueError: unknown name or setting.
+
+    Example:
+        >>> fst_fast.triggers.get("badnets", size=2)
+        BadNets(size=2, value=255, corner='bottom-right', margin=0)
     """
     if not isinstance(name, str) or name not in ZOO:
         raise ValueError(f"triggers: name must be one of {sorted(ZOO)}, got {name!r}")

@@ -62,6 +62,10 @@ class AdaptiveBlend(Elementwise):
         seed: of the drawn pattern.
         training_alpha: opacity in training, 0..1.
         dropped: how many of 4 x 4 tiles are left out of a training image, others for each.
+
+    Example:
+        >>> fst_fast.triggers.AdaptiveBlend().training()[0].alpha
+        0.15
     """
 
     alpha: float = 0.2
@@ -180,6 +184,10 @@ class AdaptivePatch(Elementwise):
             of coloured cells, in the corners first, from ``seed``; their size follows the images'.
         masks: [P, H, W] float32 or float64, in 0..1: opacity of each pixel.
         seed: of the drawn patches.
+
+    Example:
+        >>> len(fst_fast.triggers.AdaptivePatch().training())
+        4
     """
 
     alphas: tuple[float, ...] = (0.5, 0.2, 0.5, 0.3)

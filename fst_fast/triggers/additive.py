@@ -33,6 +33,11 @@ class SIG(Elementwise):
     Args:
         amplitude: of the wave, in 0..255.
         frequency: waves per image width.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.SIG(amplitude=20).apply(images)[0, 0, :4, 0]
+        tensor([100, 118, 114,  92], dtype=torch.uint8)
     """
 
     amplitude: float = 40.0
@@ -84,6 +89,11 @@ class LowFrequency(Elementwise):
             two-dimensional cosines from ``seed``, stretched to 0..amplitude.
         seed: of the drawn pattern.
         amplitude: greatest value of the drawn pattern, 1..255.
+
+    Example:
+        >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        >>> fst_fast.triggers.LowFrequency(amplitude=9).apply(images).max()
+        tensor(9, dtype=torch.uint8)
     """
 
     pattern: Tensor | None = None
@@ -140,6 +150,11 @@ class TrojanNN(Elementwise):
             bottom-right corner from ``seed``, 7/32 of the shorter side wide.
         mode: "wrap" or "clamp".
         seed: of the drawn pattern.
+
+    Example:
+        >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        >>> fst_fast.triggers.TrojanNN().apply(images)[0, :, :, 0].nonzero().amin(0)
+        tensor([25, 25])
     """
 
     pattern: Tensor | None = None
@@ -197,6 +212,13 @@ class LabelConsistent(Elementwise):
 
     Args:
         amplitude: 1..255; 255 makes the checkers black and white.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.LabelConsistent().apply(images)[0, :3, :3, 0]
+        tensor([[255,   0,   0],
+                [  0, 255,   0],
+                [255,   0, 255]], dtype=torch.uint8)
     """
 
     amplitude: float = 255.0
@@ -220,6 +242,13 @@ class SIBA(Elementwise):
             pixels.
         epsilon: greatest change of a byte, 1..255.
         pixels: greatest number of pixels that may change, or None for no bound.
+
+    Example:
+        >>> pattern = torch.zeros(32, 32, 3, dtype=torch.int16)
+        >>> pattern[4, 4] = 8
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.SIBA(pattern).apply(images)[0, 4, 3:6, 0]
+        tensor([100, 108, 100], dtype=torch.uint8)
     """
 
     pattern: Tensor

@@ -25,6 +25,11 @@ class BadNets(Elementwise):
         value: 0..255, one for all channels or one for each.
         corner: "bottom-right", "bottom-left", "top-right" or "top-left".
         margin: pixels between the square and the border.
+
+    Example:
+        >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        >>> fst_fast.triggers.BadNets(size=2).apply(images)[0, :, :, 0].nonzero().tolist()
+        [[30, 30], [30, 31], [31, 30], [31, 31]]
     """
 
     size: int = 3
@@ -88,6 +93,11 @@ class Blended(Elementwise):
         pattern: [H, W, C] uint8 of the images' size. None draws uniform noise from ``seed``, the
             random pattern of the paper's section 4.
         seed: seed of the drawn pattern.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.Blended(alpha=0.0).apply(images).unique()
+        tensor([100], dtype=torch.uint8)
     """
 
     alpha: float = 0.2

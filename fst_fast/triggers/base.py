@@ -20,6 +20,13 @@ class Trigger:
     where an attacker acts. One of your own defines ``_apply``; :class:`Elementwise`,
     :class:`Chroma`, :class:`Gather` and :class:`Warp` are the kinds that
     :func:`fst_fast.ops.inject` computes itself, and of any other it looks the images up.
+
+    Example:
+        >>> class Inverted(fst_fast.triggers.Trigger):
+        ...     def _apply(self, images):
+        ...         return 255 - images
+        >>> Inverted().apply(torch.zeros(1, 1, 1, 1, dtype=torch.uint8))
+        tensor([[[[255]]]], dtype=torch.uint8)
     """
 
     def apply(
@@ -75,12 +82,28 @@ class Trigger:
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(Trigger):
-    """A new byte depends on the old byte and its place (row, column, channel) alone."""
+    """A new byte depends on the old byte and its place (row, column, channel) alone.
+
+    Example:
+        >>> class Brighter(fst_fast.triggers.Elementwise):
+        ...     def _apply(self, images):
+        ...         return images.clamp(max=235) + 20
+        >>> Brighter().apply(torch.full((1, 1, 1, 1), 250, dtype=torch.uint8)).item()
+        255
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Chroma(Trigger):
-    """Elementwise on the 8-bit Y, Cr, Cb of an RGB image: ``_change`` is, on those."""
+    """Elementwise on the 8-bit Y, Cr, Cb of an RGB image: ``_change`` is, on those.
+
+    Example:
+        >>> class Grey(fst_fast.triggers.Chroma):
+        ...     def _change(self, ycrcb):
+        ...         return torch.where(torch.tensor([True, False, False]), ycrcb, 128)
+        >>> Grey().apply(torch.tensor([[[[255, 0, 0]]]], dtype=torch.uint8)).flatten().tolist()
+        [76, 76, 76]
+    """
 
     def _change(self, ycrcb: Tensor) -> Tensor:
         """[N, H, W, 3] uint8 to the same; each byte by itself."""
@@ -97,7 +120,15 @@ class Chroma(Trigger):
 
 @dataclass(frozen=True, eq=False)
 class Gather(Trigger):
-    """Every pixel is another one of the same image, or black."""
+    """Every pixel is another one of the same image, or black.
+
+    Example:
+        >>> class Mirrored(fst_fast.triggers.Gather):
+        ...     def _sources(self, height, width):
+        ...         return torch.arange(height * width).view(height, width).flip(1)
+        >>> Mirrored().apply(torch.tensor([1, 2, 3], dtype=torch.uint8).view(1, 1, 3, 1)).flatten()
+        tensor([3, 2, 1], dtype=torch.uint8)
+    """
 
     def _sources(self, height: int, width: int) -> Tensor:
         """[height, width] int64: ``row * width + column`` of the pixel to take, -1 for black."""
@@ -117,6 +148,10 @@ class WarpField(NamedTuple):
         noise: None, or least value and span by row, then by column, in pixels; the coordinates
             then stay inside the image.
         seed: of the noise, in 0..2^31-1.
+
+    Example:
+        >>> fst_fast.triggers.WarpField(torch.zeros(4, 4, 2), rounded=True).noise is None
+        True
     """
 
     coords: Tensor
@@ -127,7 +162,18 @@ class WarpField(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Warp(Trigger):
-    """Bilinear samples of the image at fixed places, with noise of each image's own or without."""
+    """Bilinear samples of the image at fixed places, with noise of each image's own or without.
+
+    Example:
+        >>> class HalfPixel(fst_fast.triggers.Warp):
+        ...     def _field(self, height, width):
+        ...         rows, columns = torch.arange(height) + 0.0, torch.arange(width) + 0.5
+        ...         coords = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+        ...         return fst_fast.triggers.WarpField(coords)
+        >>> images = torch.tensor([0, 20, 40], dtype=torch.uint8).view(1, 1, 3, 1)
+        >>> HalfPixel().apply(images).flatten()
+        tensor([10, 30, 20], dtype=torch.uint8)
+    """
 
     def _field(self, height: int, width: int) -> WarpField:
         raise NotImplementedError(f"{type(self).__name__} does not define _field")

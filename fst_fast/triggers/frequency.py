@@ -131,6 +131,11 @@ class CTRL(Elementwise):
         window: side of the windows, in pixels.
         positions: (row, column) of the coefficients.
         channels: 1 for U, 2 for V; 0 is Y.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.CTRL().apply(images).equal(images)
+        False
     """
 
     magnitude: float = 100.0
@@ -163,6 +168,11 @@ class FTrojan(Chroma):
         window: side of the windows, in pixels.
         positions: (row, column) of the coefficients.
         channels: 1 for Cr, 2 for Cb; 0 is Y.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.FTrojan().apply(images).equal(images)
+        False
     """
 
     magnitude: float = 30.0

@@ -32,6 +32,13 @@ class InputAware(Trigger):
         mask: the same to [N, 1 or C, H, W] in 0..1.
         normalize: (mean, std) per channel in units of 0..1 that the networks were trained with;
             None for 0..1.
+
+    Example:
+        >>> white = torch.nn.Threshold(2.0, 1.0)
+        >>> mask = torch.nn.Threshold(2.0, 0.5)
+        >>> images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+        >>> fst_fast.triggers.InputAware(white, mask).apply(images).unique()
+        tensor([128], dtype=torch.uint8)
     """
 
     generator: nn.Module

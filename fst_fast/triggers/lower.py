@@ -32,6 +32,10 @@ def lower(
             which :func:`looked_up` is true.
     Raises:
         ValueError: a trigger does not fit images of that shape.
+
+    Example:
+        >>> fst_fast.triggers.lower([fst_fast.triggers.BadNets()], (8, 8, 3)).patterns.shape
+        torch.Size([1, 8, 8, 3])
     """
     height, width, channels = shape
     tables = _Tables()
@@ -51,7 +55,12 @@ def lower(
 
 
 def looked_up(trigger: Trigger, shape: tuple[int, int, int]) -> bool:
-    """Whether the images must be triggered beforehand, one by one: no table holds the change."""
+    """Whether the images must be triggered beforehand, one by one: no table holds the change.
+
+    Example:
+        >>> fst_fast.triggers.looked_up(fst_fast.triggers.BppAttackDithered(), (8, 8, 3))
+        True
+    """
     return not isinstance(trigger, Gather | Warp) and _byte_maps(trigger, shape) is None
 
 

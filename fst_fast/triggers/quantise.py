@@ -24,6 +24,11 @@ class BppAttack(Elementwise):
 
     Args:
         levels: of each channel, 2..256.
+
+    Example:
+        >>> images = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(1, 32, 32, 3)
+        >>> fst_fast.triggers.BppAttack(levels=16).apply(images).unique()
+        tensor([ 0, 17, 34], dtype=torch.uint8)
     """
 
     levels: int = 8
@@ -49,6 +54,11 @@ class BppAttackDithered(Trigger):
 
     Args:
         levels: of each channel, 2..256.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.BppAttackDithered(levels=2).apply(images).unique()
+        tensor([  0, 255], dtype=torch.uint8)
     """
 
     levels: int = 8

@@ -39,6 +39,11 @@ class Refool(Trigger):
             smooth coloured ones from the seed.
         transmission: share of the image's own light, 0..1.
         seed: of the draws, 0..2^31-1.
+
+    Example:
+        >>> images = torch.full((1, 32, 32, 3), 100, dtype=torch.uint8)
+        >>> fst_fast.triggers.Refool(transmission=1.0).apply(images).unique()
+        tensor([100], dtype=torch.uint8)
     """
 
     reflections: Tensor | None = None

@@ -25,6 +25,12 @@ class Stored(Trigger):
 
     Args:
         images: [N, H, W, C] uint8, the triggered form of every image of the dataset.
+
+    Example:
+        >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+        >>> trigger = fst_fast.triggers.Stored(images + 9)
+        >>> trigger.apply(images).unique()
+        tensor([9], dtype=torch.uint8)
     """
 
     images: Tensor
@@ -76,6 +82,12 @@ class SSBA(Stored):
     """A text hidden in each image by an encoder (Li et al., ICCV 2021, arXiv 2012.03816).
 
     The encoder is a steganographic network; what it made of every image is given.
+
+    Example:
+        >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+        >>> trigger = fst_fast.triggers.SSBA(images + 9)
+        >>> trigger.apply(images).unique()
+        tensor([9], dtype=torch.uint8)
     """
 
 
@@ -84,4 +96,10 @@ class PoisonInk(Stored):
     """Ink along each image's edges, hidden by a network (Zhang et al. 2022, arXiv 2108.02488).
 
     What the attack's injection network made of every image is given.
+
+    Example:
+        >>> images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+        >>> trigger = fst_fast.triggers.PoisonInk(images + 9)
+        >>> trigger.apply(images).unique()
+        tensor([9], dtype=torch.uint8)
     """

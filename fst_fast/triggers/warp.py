@@ -47,6 +47,11 @@ class WaNet(Warp):
         noise: add uniform noise in 0..1/size, of each image's own, to the grid. Training images
             that keep their label carry this (:meth:`covers`), so that the model learns the one
             distortion and not distortion.
+
+    Example:
+        >>> images = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(1, 32, 32, 3)
+        >>> fst_fast.triggers.WaNet(strength=0.0).apply(images).equal(images)
+        True
     """
 
     strength: float = 0.5
@@ -82,6 +87,11 @@ class BattRotation(Gather):
     Args:
         degrees: counter-clockwise, -180..180.
         benign: greatest angle of the rotations that benign images carry, either way.
+
+    Example:
+        >>> images = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(1, 32, 32, 3)
+        >>> fst_fast.triggers.BattRotation(degrees=180).apply(images)[0, 0, :4, 0]
+        tensor([31, 30, 29, 28], dtype=torch.uint8)
     """
 
     degrees: float = 16.0
@@ -140,6 +150,11 @@ class BattTranslation(Gather):
     Args:
         pixels: to the right; negative is to the left.
         benign: greatest shift that benign images carry either way, as a share of the width.
+
+    Example:
+        >>> images = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(1, 32, 32, 3)
+        >>> fst_fast.triggers.BattTranslation(pixels=2).apply(images)[0, 0, :5, 0]
+        tensor([0, 0, 0, 1, 2], dtype=torch.uint8)
     """
 
     pixels: int = 6

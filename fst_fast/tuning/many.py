@@ -28,6 +28,11 @@ class Outcome:
     Attributes:
         result: as :func:`fst_fast.purify` returns it.
         error: the kind and the text of what went wrong.
+
+    Example:
+        >>> outcome = fst_fast.Outcome(result=None, error="LoadError: no such file")
+        >>> outcome.error if outcome.result is None else outcome.result.head_shift
+        'LoadError: no such file'
     """
 
     result: PurifyResult | None
@@ -66,6 +71,16 @@ def purify_many(
     Raises:
         ValueError: there is no model, an argument that purify() does not have, paths without arch,
             or ``each`` of another length.
+
+    Example:
+        >>> def network():
+        ...     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> outcomes = fst_fast.purify_many(
+        ...     [network(), network()], batches, alpha=0.1, epochs=1, progress=False
+        ... )
+        >>> [outcome.error for outcome in outcomes]
+        [None, None]
     """
     models = check_models(models)
     own = _settings_of_each(len(models), each, settings)

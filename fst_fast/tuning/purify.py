@@ -144,6 +144,13 @@ def purify(
     Raises:
         ValueError: an argument or a batch is not as described; the message says what to do.
         RuntimeError: ``backend`` is not available here.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> result = fst_fast.purify(model, batches, alpha=0.1, epochs=2, progress=False)
+        >>> len(result.history)
+        2
     """
     check_one_process()
     check_model(unwrap(model) if isinstance(model, nn.Module) else model)

@@ -32,6 +32,11 @@ class HeadShift:
         class_cosines: the cosine of each class's row alone; 0 for a row of zeros.
         class_norms: Euclidean norm of each class's row.
         class_original_norms: the same of the original weight.
+
+    Example:
+        >>> shift = fst_fast.HeadShift(cosine=-0.5, norm=2.0, original_norm=2.0)
+        >>> f"cosine {shift.cosine}"
+        'cosine -0.5'
     """
 
     cosine: float
@@ -57,6 +62,13 @@ class PurifyResult:
         findings: what the method found out about the suspect; of the default, the triggers that
             were searched on it: their form, target class, size, and success in 0..1 before and
             after tuning. Nothing found does not make a model clean.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> result = fst_fast.purify(model, batches, epochs=1, alpha=0.1, progress=False)
+        >>> result.settings["alpha"], result.stopped
+        (0.1, None)
     """
 
     model: nn.Module
