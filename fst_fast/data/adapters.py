@@ -35,7 +35,7 @@ class Adapter:
 
     @classmethod
     def takes(cls, loader: Any) -> bool:
-        """Whether the loader is of this kind."""
+        """Return whether the loader is of this kind."""
         return True
 
     def seek(self, epoch: int) -> None:
@@ -44,7 +44,7 @@ class Adapter:
             self.loader.set_epoch(epoch)
 
     def open(self) -> Iterable[Any]:
-        """What the batches of an epoch are iterated from."""
+        """Return the iterable that the batches of an epoch come from."""
         return self._iterable(self.loader)
 
     def length(self) -> int | None:
@@ -194,6 +194,6 @@ def pair(batch: Any, where: str) -> Any:
 
 
 def single(batch: Any) -> bool:
-    """Whether a batch that is one has a single image."""
+    """Return whether a batch that is one has a single image."""
     whole = isinstance(batch, tuple | list) and len(batch) >= 2
     return whole and all(isinstance(part, Tensor) and len(part) == 1 for part in batch[:2])

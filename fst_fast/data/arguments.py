@@ -6,7 +6,7 @@ import math
 
 from ..triggers.plain_numbers import plain_number, whole_number
 
-# What torch.Generator.manual_seed() takes.
+# torch.Generator.manual_seed() takes integers between these.
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1
 
 

@@ -1,4 +1,4 @@
-"""What users pass in as batches: adapted to one form, and checked in words."""
+"""Adapts the batches that users pass in to one form, and checks them in words."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Batches:
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether random draws are made for batches that were not yet handed out."""
+        """Return whether random draws are made for batches that were not yet handed out."""
         return self.adapter.draws_ahead or (self._joins and self.adapter.sizes() is None)
 
     def epoch(self, epoch: int) -> Iterator[Any]:

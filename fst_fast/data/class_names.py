@@ -1,4 +1,4 @@
-"""Which class of the model each class of an image set is: by certainty, or refused."""
+"""Maps the classes of an image set to the model's, with certainty or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where and how a model computes: devices, precisions, memory layouts."""
+"""The devices, precisions and memory layouts that a model computes with."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def resolve_precision(
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the model's weights; float32 where it has none."""
+    """Return the dtype of the model's weights; float32 where it has none."""
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def native_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX)."""
+    """Return whether this CPU has instructions that multiply bfloat16 (AVX-512 BF16 or AMX)."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -95,7 +95,7 @@ def memory_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
         try:
             model(images[:2].contiguous(memory_format=torch.channels_last))
         except Exception:
-            # Whatever it was, the first real batch meets it again, with nothing hidden.
+            # The first real batch meets the same error again, with nothing hidden.
             return torch.contiguous_format
     return torch.channels_last
 

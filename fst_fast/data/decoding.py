@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# No others: Pillow goes by the content, whatever the name, and runs Ghostscript on PostScript.
+# Pillow must try no other format: it goes by the content and runs Ghostscript on PostScript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 KINDS = "BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file"
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")

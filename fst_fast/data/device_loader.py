@@ -114,7 +114,7 @@ class DeviceLoader:
         self.channels_last = channels_last
         self.backend = backend
         self._epoch = 0
-        # Raises here, rather than at the first batch, where normalize does not fit.
+        # A normalize that does not fit raises here rather than at the first batch.
         table = normalize if isinstance(normalize, Tensor) else named
         self._lut = byte_table(images.shape[-1], table, dtype).to(self.device)
         self.resident = uploads.fits(images, self.device) if resident is None else resident
@@ -183,7 +183,7 @@ class DeviceLoader:
 
     @property
     def greatest_label(self) -> int:
-        """Of all images, poisoned ones included; -1 without any."""
+        """The greatest label of all images, poisoned ones included; -1 without any."""
         return int(self._fate[:, 1].max()) if len(self._fate) else -1
 
     def __len__(self) -> int:
@@ -207,7 +207,7 @@ class DeviceLoader:
     def epoch_params(self, epoch: int) -> Tensor:
         """[M, 8] int32 on the CPU: ``params`` of ``inject`` for all images in the epoch's order."""
         count = len(self.images)
-        # Drawn on the CPU for all devices alike: the same seed gives the same batches everywhere.
+        # The CPU draws for every device: the same seed gives the same batches everywhere.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         crops = draw(self.augment, count, generator)

@@ -1,4 +1,4 @@
-"""What a DeviceLoader is given, checked in words."""
+"""Checks a DeviceLoader's arguments, in words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_set(images: Tensor, labels: Tensor) -> None:
         )
     if not len(labels):
         return
-    # In int64, as PyTorch has no aminmax for uint16 and wider.
+    # PyTorch has no aminmax for uint16 and wider, so this is done in int64.
     least, most = (int(v) for v in labels.long().aminmax())
     if least < 0:
         raise ValueError(f"DeviceLoader: labels must be 0 or more, got {least}; drop those images")

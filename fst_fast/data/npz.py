@@ -1,4 +1,4 @@
-"""What an ``.npz`` set of encoded images must hold; hostile ones run nothing and fill nothing."""
+"""Reads ``.npz`` sets of encoded images; hostile ones run nothing and fill nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_archive(path: Path) -> Archive:
 def _fault(
     encoded: np.ndarray, offsets: np.ndarray, labels: np.ndarray, classes: np.ndarray
 ) -> str | None:
-    """What must hold and does not, or None."""
+    """Return the first requirement that is not met, or None."""
     if encoded.dtype != np.uint8 or encoded.ndim != 1:
         return f"encoded as uint8 [bytes], got {_kind(encoded)}"
     if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:

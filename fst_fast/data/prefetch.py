@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-# Batches that wait on the device.
+# At most so many batches wait on the device.
 AHEAD = 2
 _END = object()
 
@@ -58,7 +58,7 @@ class HostLoader:
                 yield _handed_over(item, stream)
         finally:
             stop.set()
-            # Whoever waits to put a batch down must find room, to see the stop.
+            # A thread that waits to put a batch down must find room, to see the stop.
             while worker.is_alive():
                 with contextlib.suppress(queue.Empty):
                     ready.get(timeout=0.05)
@@ -74,7 +74,7 @@ class HostLoader:
                     ready.put(_moved(batch, self.device))
             ready.put(_END)
         except BaseException as error:
-            # Raised where the batches are read.
+            # The error is raised where the batches are read.
             ready.put(error)
 
 

@@ -1,4 +1,4 @@
-"""Where the lab's images come from: folders, ``.npz`` archives, or the digits of scikit-learn."""
+"""Reads the lab's images: folders, ``.npz`` archives, or the digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from . import image_sets
 from .image_sets import ImageSet
 
-# Of the 1,797 digits.
+# So many of the 1,797 digits are training images.
 DIGITS = 1_400
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of the device's free memory: the rest is for the model.
+# Images may take this share of the device's free memory: the rest is for the model.
 MOST_OF_DEVICE = 0.5
 
 
 def fits(images: Tensor, device: torch.device) -> bool:
-    """Whether the device has room for the images; says so where it has not."""
+    """Return whether the device has room for the images; says so where it has not."""
     if device.type != "cuda" or images.device.type == "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)

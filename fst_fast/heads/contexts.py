@@ -104,7 +104,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Where ``wanted``, only algorithms that give the same bits every time; put back after.
+    """Use only algorithms that give the same bits every time, if ``wanted``; put back after.
 
     Raises, within, RuntimeError where PyTorch has none for an operation.
     """

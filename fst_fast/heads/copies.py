@@ -41,7 +41,7 @@ _CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.de
 
 @dataclass(frozen=True)
 class Stage:
-    """How to run a copy: under which modes, and where its tensors lie (None: they are shared)."""
+    """The modes that a copy runs under, and the place of its tensors (None: they are shared)."""
 
     modes: tuple[AbstractContextManager, ...]
     device_for: Callable[[Tensor], torch.device] | None
@@ -69,7 +69,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of the model is a ScriptModule or what ``torch.compile`` returns."""
+    """Return whether any part of the model is a ScriptModule or what ``torch.compile`` returns."""
     compiled = (torch.jit.ScriptModule, *_made_by_compile())
     return any(isinstance(module, compiled) for module in model.modules())
 
@@ -133,7 +133,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _is_copied_plainly(kind: type[nn.Module]) -> bool:
     own = [n for n in _COPYING if getattr(kind, n, None) is not getattr(nn.Module, n, None)]
-    # Those of PyTorch's layers mend what old files lack.
+    # The copying methods of PyTorch's layers only mend what old files lack.
     return not own or (own == ["__setstate__"] and kind.__module__.startswith("torch.nn.modules."))
 
 

@@ -21,7 +21,7 @@ PRODUCTS = re.compile(
     "Addmm|Mm|Bmm|Baddbmm|Addbmm|Addmv|Mv|Dot|Linear|MkldnnLinear|Convolution"
     "|ConvolutionOverrideable|MkldnnConvolution|CudnnConvolution|SlowConv2D"
 )
-# What may stand between the head and the logits. Anything else (a normalisation, another
+# These may stand between the head and the logits. Anything else (a normalisation, another
 # nonlinearity, a custom autograd function that hides its inside) is refused, not guessed.
 PASSES = re.compile(
     "View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Select|Slice|Split|SplitWithSizes|UnsafeSplit"
@@ -30,11 +30,11 @@ PASSES = re.compile(
     "|MaxPool2DWithIndices|AdaptiveMaxPool2D|Relu|LeakyRelu|Hardtanh|Clamp|Sigmoid|Tanh|Softmax"
     "|LogSoftmax|NativeDropout|Mul|Div|Add|Sub|Rsub|Neg|Where|MaskedFill"
 )
-# What may stand between a parameter and the product that uses it as it is.
+# These may stand between a parameter and the product that uses it as it is.
 VIEWS = re.compile("View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Expand|Alias|ToCopy")
 TRANSPOSES = re.compile("T|Transpose|Permute")
 MATMULS = re.compile("Mm|Addmm|Bmm|Baddbmm|Addbmm")
-# Where a product takes its bias.
+# These products take their bias as the first argument.
 BIAS_FIRST = re.compile("Addmm|Baddbmm|Addbmm|Addmv")
 
 
@@ -59,7 +59,7 @@ class Trace:
 
 @dataclass
 class Walk:
-    """What one meets going backwards from an output until the nearest matrix products."""
+    """The nodes met going backwards from an output until the nearest matrix products."""
 
     products: list[Node] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
@@ -179,7 +179,7 @@ class Reader:
         return Finding(modules, "; ".join(unique(problems)))
 
     def read(self, product: Node) -> tuple[Finding, Operand | None]:
-        """Which module a product belongs to, and the weight it uses."""
+        """Return the module that a product belongs to, and the weight it uses."""
         edges = [(product, parent) for parent, _ in product.next_functions]
         operands = [operand(*edge) for edge in edges]
         weights = [(i, o) for i, o in enumerate(operands) if o and o.variable.dim() > 1]
@@ -200,7 +200,7 @@ class Reader:
         return Finding(modules, problem or self.foreign_bias(product, modules[0])), weight
 
     def misuse(self, product: Node, head: nn.Module, weight: Operand, position: int) -> str:
-        """Why this product is not plainly ``head(features)``; empty when it is."""
+        """Say why this product is not plainly ``head(features)``; empty when it is."""
         name = self.names[id(head)] or "the model itself"
         calls = [node for module, node in self.trace.calls if module is head]
         if not is_pointwise(head):
@@ -216,7 +216,7 @@ class Reader:
         return ""
 
     def foreign_bias(self, product: Node, head: nn.Module) -> str:
-        """Whether the product adds something else than the head's own bias."""
+        """Return whether the product adds something else than the head's own bias."""
         edges = [node for node, _ in product.next_functions]
         name = kind(product)
         place = 0 if BIAS_FIRST.fullmatch(name) else None if MATMULS.fullmatch(name) else 2
@@ -236,7 +236,7 @@ class Reader:
         return [f"parameters act on the output of the last layer: {names}"] if after else []
 
     def used_elsewhere(self, root: Node, weights: Iterable[Operand | None]) -> list[str]:
-        """Whether the forward reads the head's weight in any other place."""
+        """Return whether the forward reads the head's weight in any other place."""
         known = [weight for weight in weights if weight]
         others = read_users(root, known[0].variable) - {weight.user for weight in known}
         name = self.parameter_name(known[0].variable)

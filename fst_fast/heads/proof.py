@@ -18,7 +18,7 @@ from .output import logits_of
 from .probe import BATCH, Input, inputs_for, quiet
 from .shapes import SHORTCUTS
 
-# Of the sizes to try: a model that none of them fits is left to the graph search.
+# So many input sizes are tried; a model that none of them fits is left to the graph search.
 MOST_INPUTS = 8
 
 
@@ -37,7 +37,7 @@ class _Unread(nn.Parameter):
 
 
 class _Logits(Tensor):
-    """What the head returns in the copy: it may be viewed and its shape read, nothing else."""
+    """The head's output in the copy: it may be viewed and its shape read, nothing else."""
 
     @classmethod
     def __torch_function__(
@@ -60,7 +60,7 @@ _HARMLESS = {
 
 
 def proves(model: nn.Module, head: nn.Module, example: Any) -> bool:
-    """Whether the model returns what ``head`` returned, called once, and reads it nowhere else.
+    """Return whether the model's output is that of ``head``, called once and read nowhere else.
 
     A copy without weights runs on the meta device, in eval mode. In it the head returns a
     placeholder.
@@ -77,13 +77,13 @@ def proves(model: nn.Module, head: nn.Module, example: Any) -> bool:
         except UnprovenError:
             return False
         except Exception:
-            # Of the wrong size, or too much for tensors without values: both show in the search.
+            # The size is wrong, or tensors without values do not suffice: both show in the search.
             continue
     return False
 
 
 def _is_plain(model: nn.Module, head: nn.Module) -> bool:
-    """Whether the layer computes what its class does in PyTorch, and no hook sees the forward."""
+    """Return whether the layer computes what its class does in PyTorch, unseen by any hook."""
     kind: Any = type(head)
     convolves = isinstance(head, nn.Conv2d)
     forward = nn.Conv2d.forward if convolves else nn.Linear.forward
@@ -136,7 +136,7 @@ class _Placeholder:
         return self.logits
 
     def is_in(self, output: Any) -> bool:
-        """Whether the model's output is the logits [B, K] or [B, K, 1, 1], as they were made."""
+        """Return whether the output is the logits [B, K] or [B, K, 1, 1], as they were made."""
         try:
             found = logits_of(output)
         except ValueError:

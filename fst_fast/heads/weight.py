@@ -1,4 +1,4 @@
-"""What a head is, what must hold of it, and what of its weight others ask."""
+"""Defines a head, checks it, and answers questions about its weight."""
 
 import math
 import sys
@@ -132,7 +132,7 @@ def sharers(root: nn.Module, head: nn.Module) -> Iterator[str]:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """What two tensors have in common if they may overlap; None of one without such memory."""
+    """Return what two tensors that overlap have in common; None if one has no such memory."""
     if tensor.layout != torch.strided or is_lazy(tensor):
         return None
     return tensor.untyped_storage()._cdata
@@ -167,7 +167,7 @@ def frobenius_norm(weight: Tensor) -> Tensor:
 
 
 def looks_fresh(weight: Tensor) -> bool:
-    """Whether ``weight`` could be nn.Linear's own draw, U(-1/sqrt(D), 1/sqrt(D)). Waits."""
+    """Return whether ``weight`` could be nn.Linear's own draw, U(-1/sqrt(D), 1/sqrt(D)). Waits."""
     K, D = weight.shape[:2]
     bound = (1 + torch.finfo(weight.dtype).eps) / math.sqrt(D)
     expected = math.sqrt(K / 3)

@@ -32,7 +32,7 @@ def check(model: object, triggers: Mapping[str, object], target: object) -> int:
 
 @contextmanager
 def told_if_unfit(images: Tensor, first: bool) -> Iterator[None]:
-    """What the model raises on its first images is told as a misfit of the two."""
+    """Report what the model raises on its first images as a misfit of the two."""
     try:
         yield
     except torch.OutOfMemoryError:

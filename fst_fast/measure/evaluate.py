@@ -34,7 +34,7 @@ Watch = Callable[[str | None, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What :func:`evaluate` measured, all rates in 0..1.
+    """The rates that :func:`evaluate` measured, all in 0..1.
 
     Attributes:
         clean_accuracy: share of images classified as their label.
@@ -168,7 +168,7 @@ def measure(
     Returns:
         The metrics by the triggers' names; without any, those of the name "".
     """
-    # Not inference_mode: what a model caches in its first forward must remain of use in training.
+    # inference_mode would spoil what a model caches in its first forward for later training.
     with evaluating(model, device), torch.no_grad():
         named = triggers or {}
         run = _Pass(model, device, precision, named, target, normalize, watch)
@@ -199,11 +199,11 @@ class _Pass:
         self.runs = model
         self.classes = 0
         self.images = 0
-        # How many images the model is known to take; fewer once the memory has not sufficed.
+        # The model takes so many images at once; fewer once the memory has not sufficed.
         self.at_once = 2**31
         # [correct, of other classes than the target]
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        # Of each trigger [attacked, robust].
+        # Each trigger has a row: [attacked, robust].
         self.triggered = torch.zeros(len(triggers), 2, dtype=torch.int64, device=device)
         self.labels_seen = torch.tensor([0, 0], device=device)  # [least, greatest]
 

@@ -62,13 +62,13 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
         # Written so that NaN is a difference.
         same = bool(apart <= _TOLERANCE * wanted.abs().max())
     except Exception:
-        # What a foreign model raises when it is traced is its own affair; as it is, it works.
+        # A foreign model may raise anything when it is traced; untraced it works.
         return model
     return out if same else model
 
 
 def _is_readable(model: nn.Module) -> bool:
-    """Whether a traced copy would do all that the model does."""
+    """Return whether a traced copy would do all that the model does."""
     if unwrap(model) is not model or is_compiled(model):
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

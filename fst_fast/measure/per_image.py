@@ -1,4 +1,4 @@
-"""What a model, before and after, says of every test image: the measurements of a report."""
+"""Measures a model, before and after, on every test image of a report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def examine(
     kind = resolve_precision(precision, place, dtype_of(model))
 
     def observe(source: Batches) -> tuple[Observed | None, Observed]:
-        """What the suspect says of the batches, and the model."""
+        """Return what the suspect says of the batches, and what the model does."""
         named = {} if trigger is None else {"": trigger}
         found = []
         for observed in (suspect, model):

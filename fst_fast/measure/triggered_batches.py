@@ -41,7 +41,7 @@ def show(
 
 
 def _is_plain(loader: DeviceLoader, device: torch.device) -> bool:
-    """Whether its batches are the stored images in their order, and nothing else."""
+    """Return whether its batches are the stored images in their order, and nothing else."""
     return (
         loader.resident
         and _is_on(loader, device)
@@ -91,7 +91,7 @@ def _on_device(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor,
             return
     for batch in batches.epoch(0):
         images, labels = check_batch(batch, batches.where, device)
-        # Not yet in the model's dtype: half precision may be too coarse to recover bytes from.
+        # The model's dtype comes later: half precision may be too coarse to recover bytes from.
         yield (
             images.to(device, non_blocking=True),
             labels.to(device, torch.int64, non_blocking=True),
@@ -130,7 +130,7 @@ def _as_one(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def rows_at_once(image: Tensor, device: torch.device) -> int:
-    """How many images fill the device; 0 where a batch of any size does."""
+    """Return how many images fill the device; 0 where a batch of any size does."""
     return ON_A_GPU // image.numel() if device.type == "cuda" else 0
 
 

@@ -19,7 +19,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-# What ``purify(alpha="auto")`` runs.
+# ``purify(alpha="auto")`` runs this method.
 AUTO = TriggerUnlearning.name
 
 

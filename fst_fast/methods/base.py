@@ -1,4 +1,4 @@
-"""What a tuning method is: what it re-initialises, trains, minimises and projects."""
+"""The base of tuning methods: what they re-initialise, train, minimise and project."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class HeadState:
 
 
 class Run(Protocol):
-    """What a method may see and set of a run; :class:`fst_fast.tuning.loop.Tuner` is one.
+    """The part of a run that a method may see and set; the loop's ``Tuner`` is one.
 
     Attributes:
         model: changed in place.
@@ -177,7 +177,7 @@ class Run(Protocol):
 
     @property
     def goes_on_within(self) -> bool:
-        """Whether the epoch that begins was interrupted, and goes on."""
+        """Return whether the epoch that begins was interrupted, and goes on."""
 
     def register(self, name: str, tensor: Tensor) -> None:
         """Add a tensor that the method changes in place: a resumed run goes on from its value."""
@@ -206,7 +206,7 @@ class Run(Protocol):
 
 
 class Batch(NamedTuple):
-    """What a step works on.
+    """The images and labels that a step works on.
 
     Attributes:
         inputs: [B, C, H, W] images, or [B, D] features where ``are_features``, on the device.
@@ -255,7 +255,8 @@ class Method:
     trains: ClassVar[Literal["all", "backbone", "head"]] = "all"
     # Epochs that are run for each one asked for.
     epochs_factor: ClassVar[int] = 1
-    # Whether loss() is given logits. The loss below needs none: a fused op makes it of features.
+    # A method says here if loss() needs logits. The loss below does not: a fused op makes it of
+    # features.
     needs_logits: ClassVar[bool] = False
 
     project: bool = False

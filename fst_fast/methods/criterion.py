@@ -107,7 +107,7 @@ class HeadDeviationLoss(nn.Module):
         self.ignore_index = ignore_index
         self.backend = backend
         self.last: HeadDeviation | None = None
-        # Whether from_logits() gets probabilities; None before its first batch of several images.
+        # True if from_logits() gets probabilities; None before its first batch of several images.
         self._probabilities: bool | None = None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What HeadDeviationLoss is given, checked in words."""
+"""Checks the arguments of HeadDeviationLoss, in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAME = "HeadDeviationLoss"
 
 
 def is_recorded(values: Tensor) -> bool:
-    """Whether torch.compile or a CUDA graph records what is done: then nothing may be looked at."""
+    """Return whether torch.compile or a CUDA graph is recording: no value may be read then."""
     if torch.compiler.is_compiling():
         return True
     return values.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -73,7 +73,7 @@ class FSTAuto(Method):
             run.average_weights(self.average)
 
     def head_epochs_of(self, epochs: int) -> int:
-        """How many of so many epochs train the head alone."""
+        """Return how many of a run's epochs train the head alone."""
         return round(self.head_epochs * epochs)
 
     def begin_epoch(self, run: Run, epoch: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of a row's sum, in the precision that it was computed in.
+# A row's sum may be off by this much, in the precision that it was computed in.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Whether every row of [B, K] outputs lies in 0..1 and sums to one. Waits for the device.
+    """Return whether all rows of [B, K] outputs lie in 0..1 and sum to one. Waits for the device.
 
     Fewer than two rows say nothing, and are taken for logits.
     """

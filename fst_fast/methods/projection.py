@@ -96,7 +96,7 @@ def _norm_to_hold(
 
 
 class Projection:
-    """What :func:`fst_fast.attach` returns: ``W <- W * norm0 / ||W||`` after every step.
+    """The handle of :func:`fst_fast.attach`: ``W <- W * norm0 / ||W||`` after every step.
 
     A context manager, or ``remove()`` it yourself.
 

@@ -49,9 +49,9 @@ class TriggerForm:
     name: ClassVar[str]
     # A new trigger starts with so many times its budget.
     start: ClassVar[float]
-    # How many of the parameters the budget holds, from the first.
+    # The budget holds so many of the parameters, counted from the first.
     held: ClassVar[int] = 1
-    # How often the form is shown, against the others.
+    # The form is shown in proportion to this weight.
     share: ClassVar[float] = 3.0
 
     def __init__(
@@ -169,7 +169,7 @@ class MaskForm(TriggerForm):
     name = "mask"
     start = 10.0
     share = 4.0
-    # Of the triggers that are shown, these shares keep their pattern, and keep it saturated.
+    # These shares of the triggers shown keep their pattern, and keep it saturated.
     kept: ClassVar[float] = 0.6
     saturated: ClassVar[float] = 0.2
     # Above it a mask is taken for opaque.

@@ -107,7 +107,7 @@ FAMILIES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "low_frequencies": low_frequencies,
     "dots": dots,
 }
-# How often each is drawn.
+# Each family is drawn with this probability.
 _SHARES = {"patch": 0.4, "blend": 0.15, "stripes": 0.15, "low_frequencies": 0.15, "dots": 0.15}
 
 

@@ -17,7 +17,7 @@ _FAILED = 0.2
 _FAR_BEHIND = 0.5
 # Free triggers choose a class by how open it is, to this power, but for a share drawn evenly.
 _CHOOSES, _EVENLY = 4, 0.3
-# How open a class is found to be fades by epochs; how open it was on the suspect never does.
+# The openness that is found of a class fades by epochs; that on the suspect never does.
 _FADES, _FROM_SUSPECT = 0.9, 0.5
 # Triggers are shown by their openness to this power, and a little more each.
 _SHOWS, _AT_LEAST = 2, 0.05
@@ -191,7 +191,7 @@ class TriggerPool:
             weights[place].copy_(self._preference(form))
 
     def _preference(self, form: TriggerForm) -> Tensor:
-        """How often each trigger is shown, [P]: not at all before it is nearly of its size."""
+        """Return each trigger's weight in the draw, [P]: 0 before it is nearly of its size."""
         works = (form.age >= 0.7 * ANNEAL) & (form.success > _FAILED)
         return works * (form.openness**_SHOWS + _AT_LEAST)
 

@@ -148,7 +148,7 @@ class _Search:
         ring = max(2, min(_EARLIER, _EARLIER_BYTES // state_bytes))
         fixed = run.classes if run.classes < count else 0
         self.pool = TriggerPool(forms, run.classes, fixed, ring)
-        # What was found on the suspect, to be tried again on the tuned model.
+        # These were found on the suspect, and are tried again on the tuned model.
         self.first = [[p.clone() for p in form.parameters] for form in forms]
         self.first_target = [form.target.clone() for form in forms]
         self.pool.register(lambda name, tensor: run.register(f"search.{name}", tensor))
@@ -247,7 +247,7 @@ class _Search:
         return out
 
     def candidates(self) -> list[Mapping[str, Any]]:
-        """What was found on the suspect, by success before; and what that is on the tuned model."""
+        """Return what was found on the suspect, and its success before and after, best first."""
         self.run.model.eval()
         rows: list[Mapping[str, Any]] = []
         for form, first, targets, before, after in zip(

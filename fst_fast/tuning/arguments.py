@@ -20,7 +20,7 @@ from ..methods.probabilities import are_probabilities
 from ..triggers.plain_numbers import whole_number
 
 HALVES = (torch.float16, torch.bfloat16)
-# What a purified model may lose on clean images without a word, in share of them.
+# A purified model may lose this much clean accuracy, in 0..1, without a warning.
 MOST_LOST = 0.03
 _LOAD = "use fst_fast.load(path, arch=...)"
 
@@ -186,7 +186,7 @@ def check_adapter(model: nn.Module, head: str, where: str = "purify") -> None:
 
 
 def ends_in_softmax(model: nn.Module, images: Tensor) -> bool:
-    """Whether the model returns probabilities, by what it makes of a few images.
+    """Return whether the model returns probabilities, by what it makes of a few images.
 
     A log-softmax is none: cross-entropy of it is that of the logits.
 
@@ -199,7 +199,7 @@ def ends_in_softmax(model: nn.Module, images: Tensor) -> bool:
 
 
 def needs_two_images(model: nn.Module, images: Tensor) -> bool:
-    """Whether the model cannot be trained on a single image, as batch norm of one value cannot.
+    """Return whether the model cannot be trained on one image, as batch norm of one value cannot.
 
     The model is run in eval mode, and what its batch norms are given is looked at.
     """
@@ -222,7 +222,7 @@ def needs_two_images(model: nn.Module, images: Tensor) -> bool:
 
 
 def frozen_note(model: nn.Module) -> str | None:
-    """What to say of a model with frozen parameters; None where there are none."""
+    """Return the note about a model's frozen parameters; None where there are none."""
     named = list(model.named_parameters())
     frozen = [name for name, parameter in named if not parameter.requires_grad]
     if not frozen:
@@ -235,7 +235,7 @@ def frozen_note(model: nn.Module) -> str | None:
 
 
 def lost_note(before: float, after: float, images: str) -> str | None:
-    """The warning about a model that lost clean accuracy; None where it kept it.
+    """Return the warning about a model that lost clean accuracy; None where it kept it.
 
     Args:
         before, after: accuracy in 0..1 on the same images.
@@ -251,7 +251,7 @@ def lost_note(before: float, after: float, images: str) -> str | None:
 
 
 def to_float32(model: nn.Module) -> str | None:
-    """Make float32 of a model's half-precision weights, in place; the note to show, if any were.
+    """Turn half-precision weights to float32 in place; return the note to show, if any were.
 
     For models that were just read from a file: nobody else has them.
     """

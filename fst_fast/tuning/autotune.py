@@ -1,4 +1,4 @@
-"""How a run's steps are computed: layout, precision and threads, on the CPU by a trial."""
+"""Choose how a run computes its steps (layout, precision, threads), on a CPU by a trial."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..heads.find import logits_of
 from .settings import ComputeSettings
 from .step import is_out_of_memory
 
-# What is tried instead must be faster by so much: a choice by noise would change the result's bits.
+# Another choice must be faster by this factor: one made by noise would change the result's bits.
 MARGIN = 1.2
-# Images in a step that is timed: enough to be like a step of the run, at a fraction of its time.
+# A timed step has so many images: it is like a step of the run, and takes a fraction of its time.
 IMAGES = 32
 REPEATS = 2
-# Below that there is little to save, and the clock decides by chance.
+# A step shorter than this has little to save, and the clock decides by chance.
 WORTH_SECONDS = 0.002
 # A shorter run would spend more on the trial than the trial could save.
 FROM_STEPS = 40
@@ -52,7 +52,7 @@ def arrange(
     precision = resolve_precision(asked.precision, place, weight.dtype)
     layout = torch.contiguous_format
     if asked.channels_last is not False:
-        # Weights first: of a one-channel image alone, both layouts look the same.
+        # The weights are asked first: a one-channel image looks the same in both layouts.
         model.to(memory_format=torch.channels_last)
         layout = memory_layout(model, images[:2].to(place, weight.dtype))
     out = replace(asked, precision=precision, channels_last=layout == torch.channels_last)
@@ -74,7 +74,7 @@ def arrange(
 
 
 Choices = dict[tuple[object, ...], dict[str, Any]]
-# Of this process: of a thousand checkpoints of one architecture, the first decides.
+# The process keeps its choices: of many checkpoints of one architecture, the first decides.
 _chosen: Choices = {}
 
 
@@ -138,7 +138,7 @@ def _fastest(
         steps.append(lambda a: replace(a, channels_last=False))
     if precisions and start.precision != "fp32":
         steps.append(lambda a: replace(a, precision="fp32"))
-    # Fewer than there are: where the cores are shared, or are two to one.
+    # Fewer threads may be faster where cores are busy otherwise, or one core runs two threads.
     if threads and start.threads is not None and start.threads > 1:
         steps.append(lambda a: replace(a, threads=(a.threads or 2) // 2))
     if not steps:

@@ -58,11 +58,11 @@ def fresh_statistics(model: nn.Module) -> Iterator[Callable[[int], None] | None]
     modes = {module: module.training for module in model.modules()}
 
     def weigh(count: int) -> None:
-        # What momentum=None does, but that waits for the device to tell the count.
+        # This equals momentum=None, which would wait for the device to tell the count.
         for layer in layers:
             layer.momentum = 1 / count
 
-    # Nothing but batch norm in train mode: dropout would disturb what is measured.
+    # Batch norm alone is in train mode: dropout would disturb what is measured.
     model.eval()
     for layer in layers:
         layer.reset_running_stats()

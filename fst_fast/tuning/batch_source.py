@@ -1,4 +1,4 @@
-"""Where a step's batch comes from: staged by the host, taken by the device."""
+"""Sources of a step's batch, which the host stages and the device takes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LoaderFeed:
         there, named = self._place(images), labels.to(self._device, torch.int64, non_blocking=True)
         if not self._keeps:
             return there, named
-        # Not the loader's own tensors: the next batch will be written here.
+        # The loader's own tensors must not be kept: the next batch will be written here.
         return there.clone(), named.clone()
 
     def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
@@ -232,14 +232,14 @@ def cache_features(
             found = features_of(images)
             if found is None:
                 return feed
-            # Copies: these may be the loader's own, or overwritten by the next batch.
+            # These are copied: they may be the loader's own, or overwritten by the next batch.
             features.append(found.clone())
             labels.append(named.clone())
             sizes.append(size)
             feed.advance(kind)
     rows, names = torch.cat(features), torch.cat(labels)
     if order is not None:
-        # By their place in the dataset, rather than in the first epoch.
+        # The table is in the dataset's order rather than in that of the first epoch.
         back = torch.argsort(order(0)).to(rows.device)
         rows, names = rows[back], names[back]
     return FeatureFeed(rows, names, sizes, order)

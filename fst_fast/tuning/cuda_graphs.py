@@ -15,7 +15,7 @@ from .dry_run import watched, without_trace
 
 # Each graph keeps its kernels and addresses: batches of ever new sizes run as they are.
 MOST_GRAPHS = 8
-# In one graph: behind it the host hears of a fault and of Ctrl-C.
+# One graph holds at most so many steps: the host hears of a fault or Ctrl-C behind it.
 MOST_STEPS = 16
 # Seconds that a step saves when it shares a graph with others: about one launch.
 LAUNCH_SECONDS = 10e-6
@@ -26,7 +26,7 @@ Function = Callable[[], None]
 
 
 class Capture(Protocol):
-    """What records: CUDA, or in tests something that does as CUDA does.
+    """Records device work: CUDA does, and in tests a stand-in that behaves like it.
 
     Attributes:
         executes: whether :meth:`record` does the work that it records, too.
@@ -120,7 +120,7 @@ class CudaGraphs:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """What records on this device; None where nothing does."""
+    """Return what records on this device; None where nothing does."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
@@ -129,7 +129,7 @@ def capture_for(device: torch.device) -> Capture | None:
 
 @dataclass(frozen=True)
 class Recording:
-    """Whether and how a run's steps are recorded.
+    """Says whether and how a run's steps are recorded.
 
     Attributes:
         capture: what records; None runs them as they are.
@@ -144,14 +144,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Graph:
-    """What replays a recording, and how long it took to make, in seconds."""
+    """A recording as a function that replays it, and the seconds that it took to make."""
 
     replay: Function
     seconds: float
 
 
 def steps_worth_it(recording_seconds: float, left: int) -> int:
-    """How many steps one graph may hold at most, so that it takes no more than it saves.
+    """Return the most steps that one graph may hold without taking more time than it saves.
 
     Args:
         recording_seconds: of one step: those of n take n times as long.
@@ -161,7 +161,7 @@ def steps_worth_it(recording_seconds: float, left: int) -> int:
 
 
 def steps_in_one(in_a_row: int, most: int) -> int:
-    """So many, at most ``most``, that the launches for steps in a row are fewest.
+    """Return the number of steps, at most ``most``, that needs the fewest launches in a row.
 
     What they leave over goes one by one: of 19 steps 9 + 9 + 1 rather than 16 + 1 + 1 + 1.
     """
@@ -264,7 +264,7 @@ class Replays:
     def _together(
         self, one: _Graph, function: Function, in_a_row: int, left: int
     ) -> tuple[int, Function]:
-        """How many steps of a kind are one graph, and that graph."""
+        """Return the number of steps of a kind in one graph, and that graph."""
         alone = (1, one.replay)
         if self._capture is None:
             return alone

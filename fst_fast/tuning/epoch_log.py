@@ -1,4 +1,4 @@
-"""What each epoch came to, read from the device once it has got there."""
+"""Records the result of each epoch, read from the device once it is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether labels can be a model's own, by what the model answers."""
+"""Judges by a model's answers whether labels can be its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 # A model is better than guessing from this share of what guessing leaves.
 _ABOVE_CHANCE = 0.1
-# What share of a label's images must have one answer for that to be its class.
+# At least this share of a label's images must have one answer for that to be its class.
 _AGREES = 0.4
 # A label of so many images or more, of which such a share has one other answer, is another class.
 _FEWEST, _SURELY = 5, 0.7
@@ -19,7 +19,7 @@ _SHOWN = 5
 def labels_fault(
     labels: Tensor, answered: Tensor, classes: int, names: Sequence[str] | None = None
 ) -> str | None:
-    """Why these labels cannot be the model's, with the confusion that shows it; None: they can.
+    """Say why these labels cannot be the model's, and show the confusion; None if they can.
 
     Either the model is hardly better than guessing; or most labels have one answer that is another
     class; or two labels or more surely have.
@@ -46,7 +46,7 @@ def labels_fault(
 
 
 def _agreement(pairs: Tensor, counts: Tensor, present: Tensor, sizes: Tensor) -> float:
-    """How often another image of the same label is answered as the label mostly is."""
+    """Return how often another image of a label is answered as the label mostly is."""
     most = torch.zeros_like(sizes).scatter_reduce(
         0, torch.searchsorted(present, pairs[0].contiguous()), counts, "amax"
     )

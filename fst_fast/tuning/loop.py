@@ -31,7 +31,7 @@ Callback = Callable[[EpochRecord, nn.Module], bool | None]
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """The place that a run has reached.
 
     Attributes:
         epoch: epochs that are done.
@@ -44,7 +44,7 @@ class Position:
 
     @property
     def within(self) -> bool:
-        """Whether the run stands within an epoch rather than before it."""
+        """Return whether the run stands within an epoch rather than before it."""
         return self.step > 0
 
 
@@ -107,7 +107,7 @@ class Tuner:
         self.stopped: str | None = None
         self.position = Position()
         self._recording, self.longest_graph = recording, 0
-        # Of this call of run(): where each epoch began, and how many of its steps were queued.
+        # For each epoch of this call of run(): the place where it began, and its steps queued.
         self._queued: list[tuple[Position, int]] = []
         self._replays: Replays | None = None
         self._batches: Batches | None = None
@@ -234,7 +234,7 @@ class Tuner:
         return self.stopped is not None
 
     def _open(self, batches: Batches) -> Feed:
-        """Where batches come from; the head alone is trained on features computed once."""
+        """Return the source of batches; the head alone is trained on features computed once."""
         step = self.step
         classes = len(self.head.weight0)
         keeps = self._recording.capture is not None
@@ -278,7 +278,7 @@ class Tuner:
         step.head_lr.fill_(lr * self.head_lr)
         if not self.position.within:
             step.totals.zero_()
-        # Whoever looked at the model may have changed it.
+        # A callback may have changed the model since.
         self.guard.keep()
         self.model.train(bool(step.backbone) and not step.head_only)
         return lr
@@ -338,7 +338,7 @@ class Tuner:
                 keeper.caught_up()
             ready = staged - skipped
             while ready:
-                # How many go together is settled by a whole epoch.
+                # A whole epoch settles how many steps go together.
                 done = self._do(feed, replays, kind, 1 if position.within else ready, staged)
                 ready -= done
                 yield done, done * size
@@ -399,7 +399,7 @@ class Tuner:
             if left < steps:
                 break
             left -= steps
-        # What is kept is an epoch's end.
+        # The state that was kept is that of an epoch's end.
         self.position = Position(self.position.epoch)
         where = f"epoch {start.epoch + 1}, step {start.step + left + 1}"
         self.stopped = fault.told(where, len(self.head.weight0))

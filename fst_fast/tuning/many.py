@@ -23,7 +23,7 @@ from .resume import generators_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one model of :func:`purify_many`; either of the two is None.
+    """The result or the error of one model of :func:`purify_many`; the other is None.
 
     Attributes:
         result: as :func:`fst_fast.purify` returns it.
@@ -92,7 +92,7 @@ def purify_many(
         )
     generators = [(g, g.get_state()) for g in generators_of(loader)]
     outcomes: list[Outcome] = []
-    # Of networks built by one name, as the first run found it.
+    # Networks built by one name share the head that the first run found.
     head: str | None = None
     for model, wanted in zip(models, own, strict=True):
         for generator, state in generators:
@@ -163,7 +163,7 @@ def _purify_one(
     num_classes: int | None,
     settings: dict[str, Any],
 ) -> Outcome:
-    # Whatever is wrong with one model, its file or its code is to leave the others alone.
+    # An error in one model, its file or its code must leave the others alone.
     try:
         if not isinstance(model, nn.Module):
             assert arch is not None

@@ -17,14 +17,14 @@ RUN_AHEAD = 32
 
 @dataclass(frozen=True)
 class Fault:
-    """What went wrong first: the number of steps before it, and whether the batch was to blame."""
+    """The first thing that went wrong: steps before it, and whether the batch was to blame."""
 
     good_steps: int
     bad_images: bool
     bad_labels: bool
 
     def told(self, where: str, classes: int) -> str:
-        """What the user is to know of it.
+        """Return the words that tell the user of it.
 
         Raises:
             ValueError: a batch was bad, which is the caller's to mend.
@@ -103,7 +103,7 @@ class Guard:
         self._register(state)
 
     def _register(self, state: RunState) -> None:
-        """What :meth:`inspect` changes; between epochs no flag is set."""
+        """Return the tensors that :meth:`inspect` changes; between epochs no flag is set."""
         state.add("guard.scale", self.scale, "other")
         state.add("guard.growth", self.growth, "other")
         state.add("guard.found_inf", self.found_inf, "flag", saved=False)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: a few steps as a Chrome trace, and shares by kind of work."""
+"""Shows where a run's time goes: a Chrome trace of a few steps, and shares by kind of work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StepProfile:
         self._started = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        # What copying and pickling ask for before there is a loader.
+        # Copying and pickling ask for attributes before there is a loader.
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)

@@ -38,7 +38,7 @@ class EpochRecord:
 
 
 def table_console(console: Console | None = None, width: int = 180) -> Console:
-    """Where to print a wide table: plain text of that width where the output is no terminal."""
+    """Return a console for a wide table: plain text of that width where there is no terminal."""
     console = console or Console()
     if console.is_terminal:
         return console
@@ -92,7 +92,7 @@ class Bar:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _move(self, state: str | None = None, completed: int | None = None) -> None:
-        """What the bar says, and how far it is; None leaves either."""
+        """Set the bar's text and how far it is; None leaves either."""
         if self._bar is not None:
             said: dict[str, Any] = {} if state is None else {"state": state}
             self._bar.update(self._task, completed=completed, **said)

@@ -183,7 +183,7 @@ def purify(
         )
         plain = unwrap(model)
         name = _check_model(plain, plan, head)
-        # Before anything is changed, in place perhaps.
+        # This runs before anything is changed, perhaps in place.
         asked = {"head": name, "seed": seed}
         if resume is not None:
             asked["model"] = fingerprint(plain)
@@ -205,7 +205,7 @@ def purify(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What was asked of a run, checked as far as that goes without the model."""
+    """The arguments of a run, checked as far as that goes without the model."""
 
     method: Method
     epochs: int
@@ -259,7 +259,7 @@ def _prepare(tuned: nn.Module, name: str, plan: _Plan, report: ProgressReport) -
     settings = LoopSettings(plan.epochs, plan.lr, plan.momentum, compute)
     module = tuned.get_submodule(name)
     tap = tap_features(tuned, module, images, train=compute.compile)
-    # What follows the head may be a softmax, of which the cross-entropy is another loss.
+    # A softmax may follow the head: the cross-entropy of its output would be another loss.
     probabilities = tap is None and ends_in_softmax(tuned, images)
     if probabilities:
         report.note("purify: the model ends in a softmax; its loss is taken of the logits before")
@@ -364,7 +364,7 @@ def _validator(
 
 
 def _steps(loader: Loader, epochs: int) -> int | None:
-    """How many steps the whole run has; None where the loader does not tell its length."""
+    """Return the steps of the whole run; None where the loader does not tell its length."""
     try:
         return epochs * len(loader)  # type: ignore[arg-type]
     except TypeError:

@@ -1,4 +1,4 @@
-"""What :func:`fst_fast.purify` returns, and how it is saved and reported."""
+"""The result of :func:`fst_fast.purify`, which can be saved and reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .progress import EpochRecord
 
 @dataclass(frozen=True)
 class HeadShift:
-    """How far the head moved from the compromised one.
+    """The distance between the tuned head and the compromised one.
 
     Attributes:
         cosine: between the final and the original weight; 1 is unmoved, -1 is opposite.
@@ -49,7 +49,7 @@ class HeadShift:
 
 @dataclass(frozen=True)
 class PurifyResult:
-    """What :func:`purify` returns.
+    """The result of :func:`purify`.
 
     Attributes:
         model: the tuned model, in eval mode: a copy without wrappers, or with ``inplace=True``
@@ -143,7 +143,7 @@ class PurifyResult:
         report.write(path, manifest, measured, classes)
 
     def manifest(self, **facts: object) -> dict[str, object]:
-        """What :meth:`save` says of the run, beside the versions and the file's hash."""
+        """Return what :meth:`save` writes of the run, beside the versions and the file's hash."""
         return {
             "settings": dict(self.settings),
             "history": [asdict(record) for record in self.history],

@@ -53,7 +53,7 @@ class RunFolder:
                 "its own for each run"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        # What a process left that was killed while it wrote.
+        # A process that was killed while it wrote may have left these.
         for left in self.folder.glob(TEMPORARIES):
             left.unlink()
         self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
@@ -67,7 +67,7 @@ class RunFolder:
         """Write down where the run stands: after an epoch, or where it was interrupted."""
         within = tuner.position.within
         if within and (self._draws_ahead or tuner.head.weight_scale is not None):
-            # Not to the bit: drawn ahead, or rounded when the head was made whole.
+            # Such a run cannot go on to the bit: batches were drawn ahead, or the head was rounded.
             return
         tensors = {name: value.detach().cpu() for name, value in tuner.state.saved().items()}
         facts = {
@@ -148,7 +148,7 @@ def follow_in(
 
 
 def arrangement_of(folder: str | Path) -> dict[str, Any] | None:
-    """How the steps of the run in the folder were computed; None where there is no run yet.
+    """Return how the run in the folder computed its steps; None where there is no run yet.
 
     What a trial chose must stay: it is part of the bits.
     """

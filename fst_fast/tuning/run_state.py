@@ -14,8 +14,8 @@ from torch import Tensor
 
 Role = Literal["fixed", "weight", "buffer", "momentum", "average", "count", "flag", "other"]
 
-# How a tensor of each role becomes one over the processes of a data-parallel run: "same" tensors
-# agree by themselves, since every process computes them from the same gradients.
+# The processes of a data-parallel run reduce a tensor of each role like this. "same" tensors agree
+# by themselves, since every process computes them from the same gradients.
 REDUCTION: dict[str, Literal["same", "mean", "sum", "max"]] = {
     "fixed": "same",
     "weight": "same",

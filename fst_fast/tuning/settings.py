@@ -1,4 +1,4 @@
-"""How a run is computed, and how long it is."""
+"""Settings of a run: its arithmetic and its length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.batches import autocast
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """How the steps of a run are computed; precision, layout and threads change the rounding.
+    """Settings of a step's arithmetic; precision, layout and threads change the rounding.
 
     As they are asked for, ``precision`` may be "auto", ``channels_last`` and ``threads`` None:
     :func:`fst_fast.tuning.autotune.arrange` settles them.
@@ -67,7 +67,7 @@ class ComputeSettings:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the loop runs.
+    """Settings of the loop.
 
     Attributes:
         epochs: passes over the loader.

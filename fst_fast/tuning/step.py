@@ -24,7 +24,7 @@ DEFERRED_FROM = 2**19
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not allocate; on the CPU that has no class of its own."""
+    """Return whether PyTorch could not allocate; on the CPU that has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -26,10 +26,10 @@ KNOWN = (
     "CIFAR10, CIFAR100, GTSRB, SVHN, MNIST and its kin, ImageFolder, TensorDataset, and Subset and "
     "ConcatDataset of these"
 )
-# Of the memory that is available now: the rest is for the model and the batches.
+# Images may take this share of the available memory: the model and batches need the rest.
 MOST_OF_MEMORY = 0.5
 THREADS = 8
-# Decoded images that may wait to be stored.
+# At most so many decoded images wait to be stored.
 AHEAD = 64
 
 
@@ -171,7 +171,7 @@ def _check_crop(pipeline: Pipeline, size: tuple[int, ...]) -> None:
 
 
 def _is(kind: Any, known: Any) -> bool:
-    """Whether a subclass yields what its parent does."""
+    """Return whether a subclass yields what its parent does."""
     return (
         issubclass(kind, known)
         and kind.__getitem__ is known.__getitem__

@@ -24,7 +24,7 @@ from .transforms import NotLiftableError, name_of, value_table
 
 @dataclass(frozen=True)
 class Lifted:
-    """What a DataLoader yields, without the DataLoader.
+    """The batches that a DataLoader yields, without the DataLoader.
 
     A batch equals ``lut[c, images[index][..., c]]`` to the last bit, before crops and flips.
 
@@ -86,7 +86,7 @@ def lift(loader: Any, *, skip_corrupt: bool = False) -> Lifted | str:
 
 
 def _check_loader(loader: Any) -> bool:
-    """Whether it shuffles; raises where it does more than batch in order or shuffled."""
+    """Return whether it shuffles; raises where it does more than batch in order or shuffled."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         raise NotLiftableError(f"loader {name_of(loader)} is not a torch DataLoader")
     if isinstance(loader.dataset, IterableDataset):

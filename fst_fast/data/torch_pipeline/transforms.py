@@ -1,4 +1,4 @@
-"""What a torchvision pipeline does: the part on bytes, the random part, the part on values."""
+"""Takes torchvision pipelines apart: a part on bytes, a random part, a part on values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-# By exact type: a subclass may do anything.
+# The type must be exact: a subclass may do anything.
 COMPOSITIONS = (v1.Compose, v2.Compose, torch.nn.Sequential)
 RESHAPES = (v1.Resize, v2.Resize, v1.CenterCrop, v2.CenterCrop, v1.Grayscale, v2.Grayscale, v2.RGB)
 # From a PIL image to a tensor of the same bytes.
@@ -54,7 +54,7 @@ class Pipeline:
 
     @property
     def reshapes(self) -> bool:
-        """Whether the stored bytes differ from the dataset's own."""
+        """Return whether the stored bytes differ from the dataset's own."""
         return any(type(step) in RESHAPES for step in self.fixed)
 
 

@@ -17,7 +17,7 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Attack:
-    """How often one model takes triggered images of other classes for the target.
+    """One model's answers to triggered images of other classes, counted.
 
     Attributes:
         images: triggered images of other classes.
@@ -58,7 +58,7 @@ def accuracy_of(observed: Observed | None) -> float | None:
 
 
 def shown(manifest: Manifest, measured: Measured | None, names: Sequence[str]) -> list[str]:
-    """What was measured, a sentence each."""
+    """Say what was measured, a sentence each."""
     found = []
     if measured is not None:
         before, after = accuracy_of(measured.before), accuracy_of(measured.after)
@@ -104,7 +104,7 @@ def _attack_shown(measured: Measured, names: Sequence[str]) -> list[str]:
 
 
 def not_shown(manifest: Manifest, measured: Measured | None) -> list[str]:
-    """What must not be concluded, a sentence or two each."""
+    """Say what must not be concluded, a sentence or two each."""
     found = []
     if measured is None or measured.trigger is None:
         found.append(

@@ -18,7 +18,7 @@ COMMONEST = 20
 
 @dataclass(frozen=True)
 class Rates:
-    """What one model does with the images of one class; None where it was not measured.
+    """One model's rates on the images of one class; None where one was not measured.
 
     Attributes:
         accuracy: share of the images classified as the class.
@@ -50,7 +50,7 @@ class ClassRow:
 
     @property
     def change(self) -> float | None:
-        """Of the accuracy."""
+        """The change of the accuracy."""
         return difference(self.before.accuracy, self.after.accuracy)
 
 

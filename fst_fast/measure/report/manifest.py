@@ -12,7 +12,7 @@ HISTORY = ("epoch", "loss", "clean_accuracy", "lr", "cosine", "norm", "seconds")
 
 @dataclass(frozen=True)
 class Head:
-    """How far the head moved; the three tuples are empty in manifests that lack them."""
+    """The distance that the head moved; its tuples are empty in manifests without them."""
 
     cosine: float | None
     norm: float | None
@@ -24,7 +24,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run left behind.
+    """The manifest that a run left behind.
 
     Attributes:
         raw: the whole of it.

@@ -1,4 +1,4 @@
-"""What was measured for a report: numbers and pictures, no models."""
+"""The measurements of a report: numbers and pictures, no models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observed:
-    """What one model said of the test images.
+    """One model's answers on the test images.
 
     Attributes:
         labels: [N] int64.
@@ -41,7 +41,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the models said of the test images.
+    """The answers of the models on the test images.
 
     Attributes:
         before: the suspect's answers; None where it was not given.

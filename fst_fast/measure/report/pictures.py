@@ -79,7 +79,7 @@ def _answers(observed: Observed | None, triggered: bool) -> np.ndarray | None:
 
 
 def _change(clean: np.ndarray, triggered: np.ndarray) -> tuple[np.ndarray, int]:
-    """What differs, brightened by the largest power of 2 that does not clip, and that power."""
+    """Return the difference, brightened by the largest power of 2 that does not clip; the power."""
     change = np.abs(triggered.astype(np.int32) - clean.astype(np.int32))
     factor = 1
     while change.max() and 2 * factor * change.max() <= 255:

@@ -10,7 +10,7 @@ from . import svg
 from .text import clean, number, short
 
 WIDTH = 290.0
-# Of one class, in points.
+# The row of one class is so high, in points.
 ROW = 15.0
 NAN = float("nan")
 
