@@ -81,7 +81,7 @@ def _check_num_classes(num_classes: int) -> None:
 
 
 def takes_num_classes(arch: Arch) -> bool:
-    """Whether a builder of the user's own has such an argument; those of libraries always have."""
+    """Return whether a user's own builder has such an argument; those of libraries always have."""
     if isinstance(arch, nn.Module) or (isinstance(arch, str) and ":" not in arch):
         return True
     try:
@@ -110,7 +110,7 @@ def _called(
 
 
 def _builder(arch: str, options: dict[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """What builds the named model, and the arguments that it gets apart from the options."""
+    """Return what builds the named model, and its arguments apart from the options."""
     if ":" in arch:
         return _import_callable(arch), {}
     fetching = sorted(_WEIGHTS & options.keys())

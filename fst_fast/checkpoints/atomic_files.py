@@ -74,7 +74,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def write_temporary(directory: Path, data: bytes | bytearray) -> Path:
     """Write data under a new hidden name, flush it to the disk, return the name; all or nothing."""
     path = directory / TEMPORARIES.replace("*", secrets.token_hex(8))
-    # Not tempfile: its mode 0600 would pass to the final file and hide it from the user's group.
+    # tempfile's mode 0600 would pass to the final file and hide it from the user's group.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
     try:

@@ -1,4 +1,4 @@
-"""What a file is that is no model file of PyTorch, told from its first bytes."""
+"""Tells from its first bytes what a file is that is no model file of PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TEXTS = ("404", "not found", "entry not found", "access to", "invalid username"
 
 
 def foreign(path: Path) -> tuple[str, str] | None:
-    """What the file is and what to do, where it is known to be no model file of PyTorch."""
+    """Say what the file is and what to do, where it is known to be no model file of PyTorch."""
     with path.open("rb") as file:
         start = file.read(_READ)
     for magic, got, remedy in _STARTS:
@@ -53,14 +53,14 @@ def foreign(path: Path) -> tuple[str, str] | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file begins as the safetensors format does, whatever its name."""
+    """Return whether the file begins as the safetensors format does, whatever its name."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and 2 <= int.from_bytes(start[:8], "little") < _HEADER_LIMIT
 
 
 def _text(path: Path, start: bytes) -> tuple[str, str] | None:
-    """Of files that are text: pointers, web pages, JSON and a server's excuses."""
+    """Say so of files that are text: pointers, web pages, JSON and a server's excuses."""
     low = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if low.startswith(b"version https://git-lfs"):
         size = re.search(rb"size (\d{1,15})", low)
@@ -89,5 +89,5 @@ def _text(path: Path, start: bytes) -> tuple[str, str] | None:
 
 
 def _is_json_start(low: bytes) -> bool:
-    """Whether what follows the first bracket can be JSON."""
+    """Return whether what follows the first bracket can be JSON."""
     return low[1:].lstrip()[:1] in (b'"', b"[", b"{", b"}", b"]") or low[1:2].isdigit()

@@ -289,7 +289,7 @@ def _storable(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     storable: dict[str, Tensor] = {}
     wrong, seen = [], set()
     for name, value in state.items():
-        # What has no plain storage stays as it is, for fault() to name.
+        # A value without plain storage stays as it is, for fault() to name.
         plain = isinstance(value, Tensor) and value.layout is torch.strided
         if plain and not (value.is_nested or value.is_meta):
             value = value.detach().cpu().contiguous().resolve_neg()

@@ -21,13 +21,13 @@ _MOST_BYTES = 64_000_000
 _FACTS, _DIGEST = "fst_fast", "fst_fast_sha256"
 _BEFORE = {name: f'"{name}":"'.encode() for name in (_FACTS, _DIGEST)}
 _ZEROS = b"0" * 64
-# Of text: a longer fact is in the JSON alone, since a header has a limit.
+# A fact with more text than this is in the JSON alone, since a header has a limit.
 _MOST_TEXT = 500_000
 _MOST_HEADER = 4_000_000
 
 
 class Checked(NamedTuple):
-    """What was found out about a payload and the JSON beside it.
+    """The findings about a payload and the JSON beside it.
 
     Attributes:
         facts: of the header, or of JSON alone, where a payload without any has that; None where
@@ -120,7 +120,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def check(payload: Path) -> Checked:
-    """Whether a payload, and JSON of ours beside it, are as they were written, and agree.
+    """Check that a payload, and JSON of ours beside it, are as they were written, and agree.
 
     A payload of an older version has its facts in the JSON alone, and must have its digest.
     """

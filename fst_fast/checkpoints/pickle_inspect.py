@@ -1,4 +1,4 @@
-"""What a pickled model file asks for and holds, as JSON; for the reading process alone.
+"""Lists what a pickled model file asks for and holds; for the reading process alone.
 
 The globals are found by going through the opcodes, which runs nothing.
 """
@@ -38,7 +38,7 @@ def write(path: str, out: BinaryIO) -> None:
 
 
 def verdict(name: str) -> str:
-    """What the reader makes of a global: "allowed", "ignored", "an object" or "can run code"."""
+    """Judge a global as the reader does: "allowed", "ignored", "an object" or "can run code"."""
     if name in pickle_reader.IGNORED:
         return "ignored"
     if name in _weights_only_unpickler._get_allowed_globals():
@@ -85,7 +85,7 @@ def _streams(path: str) -> Iterator[BinaryIO]:
     with open(path, "rb") as file:
         for number in range(_LEGACY_PICKLES):
             at = file.tell()
-            # What follows the first pickle need not be one.
+            # The data after the first pickle need not be one.
             if number and file.read(1) != b"\x80":
                 return
             file.seek(at)

@@ -27,7 +27,7 @@ from fst_fast.checkpoints.state_dicts import (
     unwrap,
 )
 
-# What a pickled model has no business with: the standard library, but for its plain containers.
+# A pickled model has no business with the standard library, but for its plain containers.
 _ACTIVE = (sys.stdlib_module_names | {"commands", "__builtin__"}) - {
     *("_codecs", "argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal"),
     *("enum", "logging", "pathlib", "random", "threading", "uuid"),
@@ -48,7 +48,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 
-# Of a zip's last record, without a comment.
+# A zip's last record has so many bytes without a comment.
 _END_BYTES = 22
 
 
@@ -139,7 +139,7 @@ def _check_zip(path: str) -> None:
 
 
 def _other_zip(names: list[str]) -> str | None:
-    """What a zip archive is that torch.save did not write; None where it may have."""
+    """Say what a zip archive is that torch.save did not write; None where it may have."""
     if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
         return None
     if any(name.endswith(".npy") for name in names):
@@ -164,7 +164,7 @@ def _explain(error: Exception) -> RefusedError:
 
 
 def is_active(name: str) -> bool:
-    """Whether a global can run code on its own; torch writes a builtin without its module."""
+    """Return whether a global can run code itself; torch writes a builtin without its module."""
     return "." not in name or name.split(".")[0] in _ACTIVE
 
 

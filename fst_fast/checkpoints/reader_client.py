@@ -29,7 +29,7 @@ for name in ("fst_fast", "fst_fast.checkpoints"):
 from fst_fast.checkpoints import reader_process
 getattr(reader_process, call)(*arguments)
 """
-# What an interpreter and torch's libraries may need to start; nothing of the user's.
+# An interpreter and torch's libraries may need these to start; nothing of the user's passes.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR")
 _START_SECONDS = 300
 _REASON_BYTES = 65536
@@ -44,7 +44,7 @@ class RefusedError(Exception):
 
 
 def limits(size: int) -> dict[str, int]:
-    """What reading a file of ``size`` bytes may take: address space, output, seconds."""
+    """Return what reading ``size`` bytes may take: address space, output, seconds."""
     return {
         "memory_bytes": size + 160 * _MB,
         "output_bytes": size + 8 * _MB,

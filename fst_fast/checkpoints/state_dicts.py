@@ -1,4 +1,4 @@
-"""What a state dict is, in memory: shared by the process that reads pickles and the one that asks.
+"""State dicts in memory, for the process that reads pickles and the one that asks.
 
 Imports torch and the standard library only: the reading process starts with nothing else.
 """
@@ -122,7 +122,7 @@ def layout_fault(value: Any) -> str | None:
 
 
 def _folds(value: Tensor) -> bool:
-    """Whether two indices of a strided tensor may mean one element."""
+    """Return whether two indices of a strided tensor may mean one element."""
     reach = 0
     steps = zip(value.stride(), value.shape, strict=True)
     for stride, length in sorted(step for step in steps if step[1] != 1):

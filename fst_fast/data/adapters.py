@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 
-# Names under which data sets keep images and labels, the likeliest first.
+# Data sets keep images and labels under these names, the likeliest first.
 IMAGES = ("pixel_values", "images", "image", "img", "imgs", "inputs", "input", "x")
 LABELS = ("labels", "label", "targets", "target", "y", "class_labels", "fine_label")
 

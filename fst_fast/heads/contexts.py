@@ -117,7 +117,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     fills = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        # A debugging aid that comes with it, and costs a pass over every new tensor.
+        # This debugging aid comes with it, and costs a pass over every new tensor.
         memory.fill_uninitialized_memory = False
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             yield

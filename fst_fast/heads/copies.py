@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Hooks that take no part in a forward; a backward hook would also hide its module in the graph.
+# These hooks take no part in a forward; a backward hook would also hide its module in the graph.
 IDLE_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",

@@ -16,7 +16,7 @@ from .weight import is_pointwise
 
 Node = torch.autograd.graph.Node
 
-# Names of autograd nodes, without "Backward0".
+# These are names of autograd nodes, without "Backward0".
 PRODUCTS = re.compile(
     "Addmm|Mm|Bmm|Baddbmm|Addbmm|Addmv|Mv|Dot|Linear|MkldnnLinear|Convolution"
     "|ConvolutionOverrideable|MkldnnConvolution|CudnnConvolution|SlowConv2D"

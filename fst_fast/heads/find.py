@@ -146,7 +146,7 @@ def _from_evidence(root: nn.Module, example: Any) -> nn.Module:
         raise _ambiguous(root, reason, [found])
     rivals = [m for m in _pointwise(root) if m is not found and head_shape(m)[0] == K]
     if run.values and rivals:
-        # Early exits: another image may leave the network through another head.
+        # With early exits, another image may leave the network through another head.
         reason = f"values may steer the forward, and other layers have {K} outputs too"
         raise _ambiguous(root, reason, [*rivals, found])
     return found

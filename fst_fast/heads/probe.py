@@ -77,7 +77,7 @@ def trace(model: nn.Module, example: Any, accepts: Callable[[Any], bool]) -> Tra
             rejected += 1
             tokens = isinstance(result.output, Tensor) and result.output.dim() == 3
             if rejected == MAX_REJECTED or tokens:
-                # Tokens or a map of scores at many sizes: another size will not mend that.
+                # The output is tokens, or always a map of scores: another size will not mend that.
                 raise ProbeError(failures[-1])
     raise ProbeError(failures[0] if failures else "no Linear or Conv2d tells the input's shape")
 

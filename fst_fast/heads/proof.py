@@ -117,7 +117,7 @@ class _Placeholder:
         self._convolves = isinstance(head, nn.Conv2d)
         self._classes, self._width = cast(Tensor, head.weight).shape[:2]
         for parameter in head.parameters():
-            # In place, so that whoever else holds it may not read it either.
+            # It is changed in place, so that whoever else holds it may not read it either.
             parameter.__class__ = _Unread
         head.forward = self
 
@@ -127,7 +127,7 @@ class _Placeholder:
         size = list(features.shape)
         place = 1 if self._convolves else -1
         if self._convolves and size[2:] != [1, 1]:
-            # One position each: pooling follows.
+            # Each position has scores: pooling follows.
             raise UnprovenError
         if size[place] != self._width:
             raise ValueError(f"the head takes {self._width} features, got {size}")

@@ -19,7 +19,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _elementwise(input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor | None:
-    # By identity: hardtanh's bounds may equal True.
+    # The test is by identity: hardtanh's bounds may equal True.
     in_place = inplace or any(arg is True for arg in args)
     return input if in_place else _like(input)
 
@@ -91,7 +91,7 @@ def _attention(
 
 def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
     dims = [dim] if isinstance(dim, int) else dim
-    # Last ones only: then no dimension needs to be moved.
+    # Only the last ones qualify: then no dimension needs to be moved.
     if not dims or kwargs or sorted(d % input.dim() for d in dims) != _last(input, len(dims)):
         return None
     return input.new_empty((*input.shape[: -len(dims)], *[1] * (len(dims) * keepdim)))

@@ -48,7 +48,7 @@ class FeatureTap:
         except RuntimeError as error:
             if not self._calls or "memory location" not in str(error):
                 raise
-            # Written to, in place: the placeholder does not let that pass.
+            # It is written to in place: the placeholder does not let that pass.
             return None
         finally:
             self._calls.clear()
@@ -67,7 +67,7 @@ class FeatureTap:
         if len(self._calls) != 1:
             return None
         features, nothing = self._calls[0]
-        # A position each: a head over a map of features is followed by pooling.
+        # Each position has scores: pooling follows a head over a map of features.
         if features.numel() != len(features) * self._width:
             return None
         return features.flatten(1) if _is_untouched(logits_of(output), nothing) else None
@@ -101,7 +101,7 @@ def tap_features(
             try:
                 features = tap(images[:2].to(own.device, own.dtype).contiguous())
             except (RuntimeError, TypeError, ValueError, AttributeError):
-                # Reads the head's logits or passes more than features: the ordinary way serves it.
+                # The model reads the logits or passes more than features: the ordinary way serves.
                 return None
             if features is None:
                 return None

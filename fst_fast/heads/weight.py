@@ -161,7 +161,7 @@ def is_sharded(weight: Tensor) -> bool:
 def frobenius_norm(weight: Tensor) -> Tensor:
     """0-d, added up in float64 where the device has it."""
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
-    # Rows first, in float32: a third of the time, and short sums lose next to nothing.
+    # Rows are summed first, in float32: that takes a third of the time and loses next to nothing.
     rows = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=compute_dtype(weight))
     return torch.linalg.vector_norm(rows, dtype=exact)
 
@@ -171,7 +171,7 @@ def looks_fresh(weight: Tensor) -> bool:
     K, D = weight.shape[:2]
     bound = (1 + torch.finfo(weight.dtype).eps) / math.sqrt(D)
     expected = math.sqrt(K / 3)
-    # Three standard deviations of the norm of K * D uniform draws.
+    # The bound is three standard deviations of the norm of K * D uniform draws.
     slack = 3 * 0.45 / math.sqrt(K * D)
     close = abs(frobenius_norm(weight).item() / expected - 1) <= slack
     return close and weight.detach().abs().max().item() <= bound

@@ -1,4 +1,4 @@
-"""How good a model is and how far an attack on it goes; what a defence is worth."""
+"""Measures a model, an attack on it, and the worth of a defence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reattack import Reactivation, reactivate, retune
 from .suspect_manifest import Suspect
 
 BATCH = 500
-# Of QRA: images that it learns from, where there are as many.
+# QRA learns from so many images, where there are as many.
 QUERIES = 500
 
 
@@ -78,7 +78,7 @@ def _measure(
 
 
 def _together(parts: list[Metrics]) -> Metrics:
-    """Of disjoint sets of images, the metrics of all."""
+    """Return the metrics of all from those of disjoint sets of images."""
     images = sum(part.images for part in parts)
     triggered = sum(part.triggered_images for part in parts)
 
@@ -148,7 +148,7 @@ def reactivated(
     device: torch.device | str | None = None,
     precision: str = "auto",
 ) -> Reactivation:
-    """What the query-based reactivation attack (QRA) finds; raises as :func:`woken`."""
+    """Return what the query-based reactivation attack (QRA) finds; raises as :func:`woken`."""
     return reactivate(
         model,
         retuned,

@@ -23,7 +23,7 @@ CLEAN = "none"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an attack is carried out.
+    """The way that an attack is carried out.
 
     Attributes:
         trigger: its name in ``triggers.ZOO``; None poisons nothing.
@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {
     # Two pixels from the border, so that no crop of the lab's cuts into it.
     "badnets": Recipe("badnets", settings=MappingProxyType({"margin": 2})),
     "blended": Recipe("blended"),
-    # Of ten classes 10 % would be the whole target class.
+    # A rate of 10 % would be the whole target class of ten.
     "sig": Recipe("sig", 0.05, relabel="clean-label"),
     "ctrl": Recipe("ctrl", 0.05, relabel="clean-label"),
     "label-consistent": Recipe(

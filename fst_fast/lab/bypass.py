@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ..heads.find import find_head
 
-# Of the discriminator: widths of its hidden layers, and Adam's learning rate.
+# The discriminator has hidden layers of these widths, and Adam this learning rate.
 HIDDEN = (256, 128)
 LR = 5e-3
-# A discriminator that guesses: nothing is left to hide.
+# A discriminator with this loss guesses: nothing is left to hide.
 GUESSING = math.log(2)
 
 
@@ -70,7 +70,7 @@ class Bypass:
         return torch.stack([poisoned, ~poisoned & (counts > 0)[labels]]).float()
 
     def loss(self, features: Tensor, kinds: Tensor) -> Tensor:
-        """How badly the discriminator tells features [B, D], each kind counting half."""
+        """Return the discriminator's loss on features [B, D], each kind counting half."""
         assert self.discriminator is not None
         logits = self.discriminator(features).flatten()
         losses = F.binary_cross_entropy_with_logits(logits, kinds[0], reduction="none")

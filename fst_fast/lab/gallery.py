@@ -17,7 +17,7 @@ from ..triggers import Chroma, Elementwise, Gather, Stored, Trigger, Warp
 
 SIDE = 64
 COLUMNS = 4
-# Of a drawn picture, in pixels.
+# A drawn picture has a side of so many pixels.
 SHOWN = 128
 GAP, CAPTION = 8, 34
 PAPER, INK, FAINT = (252, 252, 250), (30, 30, 30), (120, 120, 120)
@@ -38,7 +38,7 @@ class Example:
 
 
 def names(only: Sequence[str] | None) -> list[str]:
-    """Those of ``triggers.ZOO`` that are asked for; None is all.
+    """Return the names in ``triggers.ZOO`` that are asked for; None is all.
 
     Raises:
         ValueError: an unknown name.
@@ -87,7 +87,7 @@ def needs(kind: type[Trigger]) -> list[str]:
 
 
 def family(kind: type[Trigger]) -> str:
-    """How ``inject`` computes such triggers."""
+    """Say how ``inject`` computes such triggers."""
     families: dict[type[Trigger], str] = {
         Chroma: "byte maps of Y, Cr, Cb",
         Elementwise: "byte maps",
@@ -185,7 +185,7 @@ def read_image(path: Path, side: int = SIDE) -> Tensor:
 
 
 def amplified(clean: Tensor, triggered: Tensor) -> tuple[Tensor, int]:
-    """What differs, brightened by the largest power of 2 that does not clip, and that power."""
+    """Return the difference, brightened by the largest power of 2 that does not clip; the power."""
     difference = (triggered.int() - clean.int()).abs()
     most = int(difference.max())
     factor = 1
@@ -195,7 +195,7 @@ def amplified(clean: Tensor, triggered: Tensor) -> tuple[Tensor, int]:
 
 
 def place(number: int) -> tuple[int, int, int]:
-    """Of the cell with this number: left edges of its two pictures, and their top, in pixels."""
+    """Return a cell's place in pixels: the left edges of its two pictures, and their top."""
     across, down = number % COLUMNS, number // COLUMNS
     left = GAP * 2 + across * (2 * SHOWN + 3 * GAP)
     return left, left + SHOWN + 2, GAP + CAPTION + down * (SHOWN + CAPTION + GAP)

@@ -26,8 +26,8 @@ from ..measure.fold_batchnorm import folded
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization, normalize_affine, normalize_bytes
 
-# Of the attack by queries: greatest change of a pixel in units of 0..1, and the weight of the
-# divergence.
+# The attack by queries changes a pixel by at most this, in units of 0..1, and gives the divergence
+# this weight.
 BOUND = 16 / 255
 DIVERGENCE = 0.2
 
@@ -117,7 +117,7 @@ def retune(
 
 @dataclass(frozen=True)
 class Reactivation:
-    """What :func:`reactivate` found.
+    """The result of :func:`reactivate`.
 
     Attributes:
         success: share of test images of other classes that the purified model, shown them with the
@@ -245,7 +245,7 @@ def reactivate(
             for x, at in loader:
                 loss = network.loss(perturb(x), labels[at], wanted[at])
                 optimizer.zero_grad(set_to_none=True)
-                # Not for the three models' own parameters.
+                # The three models' own parameters need no gradients.
                 loss.backward(inputs=list(perturb.parameters()))
                 optimizer.step()
                 total += loss.detach() * len(x)
@@ -295,7 +295,7 @@ class _Networks:
         return logits.float().flatten(1)
 
     def loss(self, changed: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-        """Of perturbed pixels; wanted: log-probabilities of the retuned model without that."""
+        """Return the loss of perturbed pixels; ``wanted``: the retuned log-probabilities."""
         got = self.logits(self.purified, changed).log_softmax(1)
         divergence = F.kl_div(got, wanted, reduction="batchmean", log_target=True)
         unharmed = F.cross_entropy(self.logits(self.clean, changed), labels)

@@ -19,9 +19,9 @@ from ..heads.find import logits_of
 from ..triggers.base import check_images
 from ..triggers.pixels import Normalization, normalize_affine
 
-# Of epsilon, for each step: the paper's.
+# Each step moves by this share of epsilon, as in the paper.
 STEP = 0.8
-# Side of an image that a pattern is unpacked for.
+# A pattern is unpacked for images of at most this side.
 LARGEST = 4096
 
 
@@ -239,7 +239,7 @@ def pack_pattern(pattern: Tensor) -> dict[str, Any]:
 
 
 def unpack_pattern(packed: Any) -> Tensor:
-    """What :func:`pack_pattern` packed.
+    """Return what :func:`pack_pattern` packed.
 
     Raises:
         ValueError: it did not pack this.

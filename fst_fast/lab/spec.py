@@ -1,4 +1,4 @@
-"""What to make: everything that decides a backdoored model, beside the images and the code."""
+"""The order for a model: all that decides it, beside the images and the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attacks import CLEAN, Recipe, recipe_of
 from .models import Network, network
 from .train import TrainSettings
 
-# Of the lab's crops: half of the usual 4, so that badnets' square stays in the picture.
+# The lab's crops pad by half of the usual 4, so that badnets' square stays in the picture.
 PAD = 2
 
 

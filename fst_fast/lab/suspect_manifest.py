@@ -54,7 +54,7 @@ def fields_of(
 
 @dataclass(frozen=True)
 class Suspect:
-    """What a manifest says, checked.
+    """The checked contents of a manifest.
 
     Attributes:
         attack: its name; ``trigger`` is None for "none".

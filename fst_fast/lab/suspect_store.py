@@ -23,7 +23,7 @@ from .siba import find_siba, pack_pattern, unpack_pattern
 from .spec import Order
 from .train import Attack, train_suspect
 
-# Of SIBA's search: the paper's bounds, on fewer images and for fewer epochs.
+# SIBA's search keeps the paper's bounds, on fewer images and for fewer epochs.
 SEARCH_IMAGES = 4_000
 SEARCH = {"k": 100, "epsilon": 8, "batch_size": 500, "seed": 2}
 SEARCH_EPOCHS = 60
@@ -191,7 +191,7 @@ class SuspectStore:
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """What a file of the folder holds."""
+    """Return what a file of the folder holds."""
     found = read_object(path)
     if found is None:
         raise ValueError(f"lab: {path} must be as it was written, got a damaged file; delete it")

@@ -24,13 +24,13 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """What is minimised where nothing else is said."""
+    """The loss that is minimised where nothing else is said."""
     return F.cross_entropy(model(images).float(), labels)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How :func:`train` trains: SGD with Nesterov momentum under a one-cycle learning rate.
+    """Settings of :func:`train`: SGD with Nesterov momentum under a one-cycle learning rate.
 
     Attributes:
         epochs: passes over the data.
@@ -80,7 +80,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         settings.lr,
-        # Of 4 steps, a warm-up over a quarter has no length, and OneCycleLR divides by it.
+        # With 4 steps a warm-up over a quarter has no length, and OneCycleLR divides by it.
         total_steps=max(5, settings.epochs * len(loader)),
         pct_start=0.25,
         max_momentum=settings.momentum,

@@ -195,7 +195,7 @@ class _Pass:
         self.triggers, self.target, self.normalize = triggers, target, normalize
         self.dtype = dtype_of(model)
         self.layout: torch.memory_format | None = None
-        # As the model, and faster where that can be had.
+        # This gives what the model gives, and is faster where that can be had.
         self.runs = model
         self.classes = 0
         self.images = 0

@@ -59,7 +59,7 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
         with torch.no_grad():
             found, wanted = (logits_of(m(images)) for m in (out, model))
         apart = (found - wanted).abs().max()
-        # Written so that NaN is a difference.
+        # This form makes NaN a difference.
         same = bool(apart <= _TOLERANCE * wanted.abs().max())
     except Exception:
         # A foreign model may raise anything when it is traced; untraced it works.

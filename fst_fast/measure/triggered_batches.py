@@ -13,7 +13,7 @@ from ..triggers import Trigger
 from ..triggers.lower import looked_up, lower
 from ..triggers.pixels import Normalization, normalize_bytes, recover_bytes
 
-# Numbers in a batch on a GPU: enough to fill it, whatever the loader's batches are.
+# A batch of so many numbers fills a GPU, whatever the loader's batches are.
 ON_A_GPU = 2**22
 
 # Images and labels of a batch, and a function from a trigger's place in the list to its images.

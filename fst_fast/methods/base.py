@@ -253,7 +253,7 @@ class Method:
     name: ClassVar[str]
     reinitializes: ClassVar[bool] = False
     trains: ClassVar[Literal["all", "backbone", "head"]] = "all"
-    # Epochs that are run for each one asked for.
+    # So many epochs are run for each one asked for.
     epochs_factor: ClassVar[int] = 1
     # A method says here if loss() needs logits. The loss below does not: a fused op makes it of
     # features.

@@ -92,7 +92,7 @@ class HeadDeviationLoss(nn.Module):
         if not isinstance(reduction, str):
             raise ValueError(f"{NAME}: reduction must be mean, sum or none, got {reduction!r}")
         check_settings(NAME, reduction, label_smoothing)
-        # In a tuple, or nn.Module would register it as a part of this module.
+        # A tuple hides the head from nn.Module, which would register it as a part of this one.
         self._head = (head,)
         compute = compute_dtype(weight)
         self.register_buffer("weight0", head_matrix(head).detach().clone().contiguous())

@@ -20,9 +20,9 @@ from .trigger_like import contents
 # Tensors of a run, registered by name: they are recorded with the steps and kept for a resumed run.
 Register = Callable[[str, Tensor], None]
 
-# Search steps over which a new trigger's budget shrinks to its own.
+# A new trigger's budget shrinks to its own over so many search steps.
 ANNEAL = 30
-# Step of a search, relative to the size of the budget.
+# A search moves by this share of the budget's size in each step.
 _STEP = 0.15
 _MOMENTUM = 0.8
 
@@ -286,7 +286,7 @@ class WaveForm(TriggerForm):
     name = "wave"
     start = 3.0
     held = 3
-    # Points of the coarse field along each side.
+    # The coarse field has so many points along each side.
     coarse: ClassVar[int] = 8
 
     def _drawn(self) -> list[Tensor]:

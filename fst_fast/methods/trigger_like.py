@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Sizes in shares of an image's side; strengths in shares of the pixels' range.
+# Sizes are shares of an image's side, strengths shares of the pixels' range.
 _SIDE = (1 / 16, 7 / 32)
 _NEAR_EDGE = 1 / 8
 

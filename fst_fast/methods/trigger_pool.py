@@ -45,7 +45,7 @@ class TriggerPool:
         self.count, self.device = forms[0].count, forms[0].device
         self._free = torch.arange(self.count, device=self.device) >= fixed
         self._ring = ring
-        # By form: how open each class was found lately, and on the suspect.
+        # Each form notes how open it found each class lately, and on the suspect.
         self._open = torch.zeros(len(forms), classes, device=self.device)
         self._open_at_first = torch.zeros_like(self._open)
         self._earlier = [
@@ -53,7 +53,7 @@ class TriggerPool:
         ]
         self._weights = torch.zeros(len(forms), ring * self.count, device=self.device)
         channels, *sides = forms[0].shape
-        # By class, the patch that a scan found best.
+        # Each class has the patch that a scan found best.
         self._best_masks = torch.zeros(classes, 1, *sides, device=self.device)
         self._best_patterns = torch.zeros(classes, channels, *sides, device=self.device)
         for form in self.forms:

@@ -15,20 +15,20 @@ from .trigger_forms import AdditiveForm, MaskForm, PatchForm, TriggerForm, WaveF
 from .trigger_like import FAMILIES, changed
 from .trigger_pool import TriggerPool
 
-# Triggers of each form: one for each class, and some that take up classes that are open.
+# Each form has a trigger for each class, and some that take up classes that are open.
 _FREE, _MOST = 2, 24
-# Search steps before the first epoch, and before each further one: half of these on the suspect.
+# So many search steps come before the first epoch, and each further one: half on the suspect.
 _WARM_UP, _EACH_EPOCH = 32, 4
-# Earlier states of the triggers that are kept, and the memory that these may take.
+# So many earlier states of the triggers are kept, in so many bytes.
 _EARLIER, _EARLIER_BYTES = 16, 64 * 2**20
-# Clean images that are kept for the search, and the memory that these may take.
+# So many clean images are kept for the search, in so many bytes.
 _IMAGES, _IMAGE_BYTES = 1024, 256 * 2**20
-# Images for each candidate when its success is measured.
+# A candidate's success is measured on so many images.
 _MEASURED = 64
 FORMS: Mapping[str, type[TriggerForm]] = {
     form.name: form for form in (MaskForm, PatchForm, AdditiveForm, WaveForm)
 }
-# Pixels that a place of a patch's mask covers, as far as it counts towards the area.
+# A place of a patch's mask counts as so many pixels towards the area.
 _STAMPED = 5
 
 

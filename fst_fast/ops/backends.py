@@ -78,7 +78,7 @@ def report() -> dict[str, dict[str, Any]]:
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py wrote: built, torch, cuda, architectures, reasons."""
+    """Return what setup.py wrote: built, torch, cuda, architectures, reasons."""
     try:
         return json.loads(INFO_PATH.read_text())
     except FileNotFoundError:

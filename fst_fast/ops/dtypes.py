@@ -7,5 +7,5 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums are added up in."""
+    """Return the dtype that sums are added up in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

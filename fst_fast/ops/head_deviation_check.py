@@ -1,4 +1,4 @@
-"""What head_deviation_loss asks of its arguments."""
+"""Checks the arguments of head_deviation_loss."""
 
 import math
 
@@ -70,7 +70,7 @@ def check(
 
 
 def check_settings(name: str, reduction: str, label_smoothing: float) -> None:
-    """What can be refused before there is a batch; ``name`` is who asks."""
+    """Refuse what can be refused before there is a batch; ``name`` is who asks."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be mean, sum or none, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:

@@ -13,7 +13,7 @@ from fst_fast.ops.head_deviation_check import NAME, check
 
 
 class HeadDeviation(NamedTuple):
-    """What :func:`head_deviation_loss` returns. Only ``loss`` is differentiable.
+    """The result of :func:`head_deviation_loss`, of which only ``loss`` is differentiable.
 
     Attributes:
         loss:          0-d, or [B] with reduction "none"; cross_entropy + penalty.
@@ -139,7 +139,7 @@ def head_deviation_loss(
     return HeadDeviation(*output[:5])
 
 
-# Not torch.library.custom_op: its wrapper costs a small head more than the loss itself does.
+# The wrapper of torch.library.custom_op costs a small head more than the loss itself does.
 torch.library.define(
     "fst_fast::head_deviation_loss",
     "(Tensor features, Tensor weight, Tensor? bias, Tensor labels, Tensor? weight0, "

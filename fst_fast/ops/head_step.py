@@ -107,7 +107,7 @@ def head_step_(
         )
 
 
-# Not torch.library.custom_op: its wrapper costs a small head more than the step itself does.
+# The wrapper of torch.library.custom_op costs a small head more than the step itself does.
 torch.library.define(
     "fst_fast::head_step_",
     "(Tensor(a!) weight, Tensor(b!)? bias, Tensor d_weight, Tensor? d_bias, "

@@ -1,4 +1,4 @@
-"""What inject refuses."""
+"""Checks the arguments of inject."""
 
 from __future__ import annotations
 

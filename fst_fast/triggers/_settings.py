@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import Trigger
 from .plain_numbers import plain_number, whole_number
 
-# What torch.Generator.manual_seed() takes.
+# torch.Generator.manual_seed() takes integers between these.
 _LEAST_SEED, _MOST_SEED = -(2**63), 2**64 - 1
 
 

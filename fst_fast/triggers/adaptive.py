@@ -17,7 +17,7 @@ _TILES = 16
 
 @dataclass(frozen=True, eq=False)
 class BlendedInPart(Elementwise):
-    """What :class:`AdaptiveBlend` puts on training images: a faint picture with tiles missing.
+    """A faint picture with tiles missing, as :class:`AdaptiveBlend` puts on training images.
 
     Args:
         alpha: opacity of the pattern, 0..1.
@@ -98,9 +98,9 @@ def _picture(trigger: BlendedInPart, shape: torch.Size, device: torch.device) ->
     return fitted(trigger, trigger.pattern, shape, device)
 
 
-# Of the drawn patches: cells to a side; a patch covers 5 / 32 of the shorter side.
+# A drawn patch has so many cells to a side, and covers 5 / 32 of the shorter side.
 _CELLS = 5
-# Where they lie, in thirds of what is left of the image beside a patch.
+# The patches lie here, in thirds of what is left of the image beside a patch.
 _PLACES = ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1), (1, 2), (2, 1), (2, 2))
 
 

@@ -118,7 +118,7 @@ class LowFrequency(Elementwise):
         return shifted(images, pattern.clamp(-255, 255))
 
 
-# Of TrojanNN's drawn square: cells to a side; it covers 7 / 32 of the shorter side.
+# TrojanNN's drawn square has so many cells to a side, and covers 7 / 32 of the shorter side.
 _CELLS = 7
 
 

@@ -1,4 +1,4 @@
-"""What a trigger is: a fixed, described change of stored pixels."""
+"""The base of triggers, which are fixed, described changes of stored pixels."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Trigger:
         return torch.where(hidden[..., None], images, out)
 
     def training(self) -> tuple[Trigger, ...]:
-        """What poisoned training images carry, one of these each, where it is not the trigger."""
+        """Return the triggers for training: each poisoned image carries one of these."""
         return (self,)
 
     def covers(self) -> tuple[Trigger, ...]:
-        """What the attack puts on training images that keep their label; most attacks: nothing."""
+        """Return the triggers of images that keep their label; most attacks have none."""
         return ()
 
     def tiles(self, count: int, generator: torch.Generator) -> Tensor:
@@ -140,7 +140,7 @@ class Gather(Trigger):
 
 
 class WarpField(NamedTuple):
-    """Where a :class:`Warp` samples.
+    """The places where a :class:`Warp` samples.
 
     Attributes:
         coords: [H, W, 2] float32: row and column in pixels; outside the image counts as 0.

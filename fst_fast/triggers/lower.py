@@ -55,7 +55,7 @@ def lower(
 
 
 def looked_up(trigger: Trigger, shape: tuple[int, int, int]) -> bool:
-    """Whether the images must be triggered beforehand, one by one: no table holds the change.
+    """Return whether images must be triggered beforehand, one by one: no table holds the change.
 
     Example:
         >>> fst_fast.triggers.looked_up(fst_fast.triggers.BppAttackDithered(), (8, 8, 3))

@@ -71,7 +71,7 @@ def _per_channel(values: Sequence[float], channels: int, device: torch.device) -
 
 
 def byte_remedy(images: Any) -> str:
-    """What to do with images that are not bytes [N, H, W, C], by what they are.
+    """Say what to do with images that are not bytes [N, H, W, C], by what they are.
 
     Following the advice keeps every pixel: floats that were normalised, or already lie in 0..255,
     are not multiplied by 255, and bytes are not at all.
@@ -126,7 +126,7 @@ def normalize_bytes(images: Tensor, normalize: Normalization | str | None) -> Te
 def normalize_table(
     channels: int, normalize: Normalization | str | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What :func:`normalize_bytes` makes of each byte, for :func:`fst_fast.ops.inject`.
+    """Return what :func:`normalize_bytes` makes of each byte, for :func:`fst_fast.ops.inject`.
 
     Returns:
         [channels, 256] in ``dtype``, on the CPU; computed in float32 and rounded once.
@@ -140,7 +140,7 @@ def normalize_affine(channels: int, normalize: Normalization | str | None) -> tu
 
     Of pixels in 0..1, which need not be bytes; within float32's rounding of normalize_bytes().
     """
-    # What 0 and 255 become says it all.
+    # The values of 0 and 255 say it all.
     table = normalize_table(channels, normalize)
     shift = table[:, :1, None]
     return table[:, 255:, None] - shift, shift

@@ -20,7 +20,7 @@ Prepare = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Poisoning:
-    """What happens to each of M images.
+    """The fate of each of M images.
 
     Attributes:
         triggers: all that occur.
@@ -44,7 +44,7 @@ class Poisoning:
         return out
 
     def on(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Those rows of :meth:`apply`, of [M, H, W, C] images."""
+        """Return those rows of :meth:`apply`, of [M, H, W, C] images."""
         out = images[rows.to(images.device)]
         for number, trigger in enumerate(self.triggers):
             where = torch.nonzero(self.trigger[rows] == number).flatten()

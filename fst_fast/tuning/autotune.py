@@ -189,6 +189,6 @@ def threads_of(count: int | None) -> Iterator[None]:
             torch.set_num_threads(count)
         yield
     finally:
-        # Also where it is the same: only what was changed needs putting back.
+        # Only a number that was changed needs putting back.
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)

@@ -17,7 +17,7 @@ from .dry_run import watched, without_trace
 MOST_GRAPHS = 8
 # One graph holds at most so many steps: the host hears of a fault or Ctrl-C behind it.
 MOST_STEPS = 16
-# Seconds that a step saves when it shares a graph with others: about one launch.
+# A step saves so many seconds when it shares a graph with others: about one launch.
 LAUNCH_SECONDS = 10e-6
 # A launch is too small a share of such a step to be seen.
 LONG_STEP_SECONDS = 20 * LAUNCH_SECONDS
@@ -229,7 +229,7 @@ class Replays:
         if one is None:
             function()
             return 1
-        # A whole epoch settles how many are one graph; without one to come, what is ready does.
+        # A whole epoch settles how many steps are one graph; if none is to come, those ready do.
         whole = ready == in_a_row or left <= in_a_row
         if ready > 1 and whole and kind not in self._several:
             self._several[kind] = self._together(one, function, ready, left)

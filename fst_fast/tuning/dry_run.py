@@ -64,8 +64,8 @@ def without_trace(
 @contextmanager
 def _kept(tensors: list[Tensor]) -> Iterator[None]:
     """Let the tensors' values end as they were."""
-    # Detached: autograd would keep the parameters' accumulators, which belong to this stream, and
-    # no recording may wait for it.
+    # These are detached: autograd would keep the parameters' accumulators, which belong to this
+    # stream, and no recording may wait for it.
     values = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

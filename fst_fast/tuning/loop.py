@@ -107,7 +107,7 @@ class Tuner:
         self.stopped: str | None = None
         self.position = Position()
         self._recording, self.longest_graph = recording, 0
-        # For each epoch of this call of run(): the place where it began, and its steps queued.
+        # This call of run() notes where each epoch began, and how many of its steps it queued.
         self._queued: list[tuple[Position, int]] = []
         self._replays: Replays | None = None
         self._batches: Batches | None = None
@@ -349,7 +349,7 @@ class Tuner:
         A step is done in parts where a whole batch takes too much memory.
         """
         step = self.step
-        # Epochs until another part of the model is trained, or the run ends.
+        # So many epochs are left until another part of the model is trained, or the run ends.
         alike = (self.head_only_until if step.head_only else self.epochs) - self.position.epoch
         in_a_row = staged if ready > 1 or not self.position.within else 1
         while True:

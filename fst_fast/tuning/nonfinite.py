@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .run_state import RunState
 
-# Steps that the host may be ahead of a GPU: enough to keep it busy, few enough to stop it soon.
+# The host may be so many steps ahead of a GPU: it is kept busy, and still stops soon.
 # A CUDA graph holds at most half as many (cuda_graphs.MOST_STEPS): one waits while another runs.
 RUN_AHEAD = 32
 
@@ -87,7 +87,7 @@ class Guard:
         self._one = torch.ones((), device=device)
         buffers = [b for b in state.tensors("buffer") if b.numel()]
         self._statistics = [b for b in buffers if b.is_floating_point()]
-        # By dtype, one flat copy each: two launches a step, however many layers there are.
+        # Each dtype has one flat copy: two launches a step, however many layers there are.
         self._kept = []
         for dtype in dict.fromkeys(b.dtype for b in buffers):
             group = [b for b in buffers if b.dtype == dtype]
@@ -96,7 +96,7 @@ class Guard:
         self._lag = (RUN_AHEAD if pinned else 0) if lag is None else lag
         self._seen = torch.zeros(self._lag + 1, pin_memory=pinned)
         self._events = [torch.cuda.Event() if pinned else None for _ in range(self._lag + 1)]
-        # Slots of the flags that the host has not seen, with the steps that each is behind.
+        # It holds the slots of flags that the host has not seen, and the steps that each is behind.
         self._queued: deque[tuple[int, int]] = deque()
         self._ahead = 0
         self._next, self._last = 0, -1

@@ -148,7 +148,7 @@ def of_run(loader: Loader, epochs: int, path: Path) -> StepProfile:
         raise ValueError(
             f"--profile: loader must tell its length, got {type(loader).__name__}"
         ) from None
-    # From the second step of the epoch to its end, so that nothing between epochs is in it.
+    # It runs from the epoch's second step to its end, so that nothing between epochs is in it.
     return StepProfile(loader, epochs // 2 * length + 1, max(1, min(STEPS, length - 1)))
 
 

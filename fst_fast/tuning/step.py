@@ -120,7 +120,7 @@ class Step:
         optimizer = torch.optim.SGD(self.backbone, lr=self.lr, momentum=self.momentum, fused=True)
         if self.momentum:
             for parameter in self.backbone:
-                # Zeros from the start: a first step skipped by the guard then leaves no garbage.
+                # It starts with zeros: a first step skipped by the guard then leaves no garbage.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
@@ -159,7 +159,7 @@ class Step:
         for inputs, labels in zip(batch.inputs.split(size), batch.labels.split(size), strict=True):
             loss, correct = self._loss(Batch(inputs, labels, batch.are_features))
             if self.parts > 1:
-                # The mean over the batch; the penalty, in each part, adds up to one as well.
+                # The parts add up to the mean over the batch, and their penalties to one penalty.
                 loss = loss * (len(labels) / count)
             (loss * self.guard.scale).backward()
             losses.append(loss.detach())

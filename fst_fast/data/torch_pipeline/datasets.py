@@ -198,7 +198,7 @@ def _files(dataset: Any, samples: Any) -> Source:
     labels = np.asarray([label for _, label in samples])
 
     def read(index: int) -> Image.Image:
-        # To the last bit what the dataset's own loader makes of it, or an error.
+        # This gives, to the last bit, what the dataset's own loader makes of it, or an error.
         return decode(Path(files[index]), files[index], deep=False)
 
     return Source(labels, read_pipeline(dataset.transform), read)

@@ -137,7 +137,7 @@ def _read(dataset: Any, skip: bool) -> tuple[Tensor, Tensor, Source, Tensor]:
         )
     if len(images) == 1:
         return images[0], labels[kept], first, luts[0]
-    # Back from one dataset after the other to the order of the samples.
+    # The images go back from one dataset after the other to the order of the samples.
     order = np.argsort(np.argsort(part[kept], kind="stable"))
     return torch.cat(images)[torch.from_numpy(order)], labels[kept], first, luts[0]
 

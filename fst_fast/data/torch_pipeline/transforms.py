@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 # The type must be exact: a subclass may do anything.
 COMPOSITIONS = (v1.Compose, v2.Compose, torch.nn.Sequential)
 RESHAPES = (v1.Resize, v2.Resize, v1.CenterCrop, v2.CenterCrop, v1.Grayscale, v2.Grayscale, v2.RGB)
-# From a PIL image to a tensor of the same bytes.
+# These turn a PIL image into a tensor of the same bytes.
 CONVERSIONS = (v1.PILToTensor, v2.PILToTensor, v2.ToImage)
 TO_TENSOR = (v1.ToTensor, v2.ToTensor)
 DTYPES = (v1.ConvertImageDtype, v2.ConvertImageDtype, v2.ToDtype)
@@ -92,7 +92,7 @@ def value_table(pipeline: Pipeline, channels: int) -> Tensor:
     """[channels, 256] float32: what the pipeline's own steps make of each byte."""
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(channels, 2)
     image: Any = Image.fromarray(every[..., 0] if channels == 1 else every)
-    # The same classes as for real images: torchvision computes floats differently for each.
+    # The classes are those of real images: torchvision computes floats differently for each.
     conversions = [step for step in pipeline.fixed if type(step) in CONVERSIONS]
     try:
         for step in conversions + pipeline.values:

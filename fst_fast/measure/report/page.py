@@ -17,7 +17,7 @@ from .manifest import Manifest, parse
 from .measured import Measured
 
 FOLDER = Path(__file__).parent
-# Classes shown in the table and in plots; of more, those that stand out.
+# The table and plots show so many classes; of more, those that stand out.
 LISTED, DRAWN = 200, 30
 CURVES = {
     "loss": "Loss",
@@ -70,7 +70,7 @@ def write(
 
 def render(manifest: Manifest, measured: Measured | None, names: Sequence[str] | None) -> str:
     """The page as text."""
-    # Slow to import, and most runs write no report.
+    # This is slow to import, and most runs write no report.
     import jinja2
 
     environment = jinja2.Environment(
@@ -81,7 +81,7 @@ def render(manifest: Manifest, measured: Measured | None, names: Sequence[str] |
         lstrip_blocks=True,
     )
     environment.globals["text"] = text
-    # Written here, and so the only text that is not escaped: no word of a user's is in it.
+    # This text is written here, and alone is not escaped: no word of a user's is in it.
     environment.globals["style"] = Markup((FOLDER / "page.css").read_text())
     known = classes.names_of(manifest, measured, names)
     rows = classes.rows_of(manifest, measured, known)
@@ -166,7 +166,7 @@ def _plot(
     after = [_hundredfold(of(row.after)) for row in rows]
     labels = [row.name for row in rows]
     known = [rate for rate in (before or []) + after if rate is not None]
-    # In whole tens, or points near 100 could not be told apart.
+    # The axis goes in whole tens, or points near 100 could not be told apart.
     least = 10 * min(9, min(known, default=0) // 10)
     return title, plots.dots(name, title, labels, before, after, (least, 100))
 
@@ -210,7 +210,7 @@ def _confusion(measured: Measured | None, names: Sequence[str]) -> dict[str, obj
     return found
 
 
-# Entries of the manifest that have a place of their own on the page.
+# These entries of the manifest have a place of their own on the page.
 SHOWN_ELSEWHERE = ("history", "head_shift", "settings", "versions", "attack_success")
 
 

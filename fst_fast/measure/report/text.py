@@ -29,7 +29,7 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A number with so many decimals; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    # No minus before a zero.
+    # A zero gets no minus.
     rounded = round(value, digits) + 0.0
     return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
 

@@ -71,7 +71,7 @@ def head_deviation_loss(
         d_logits.scatter_add_(1, y, -(1 - label_smoothing) * w)
         if label_smoothing:
             d_logits -= smooth * per_class
-        # Not a product with 0: an ignored row may hold NaN.
+        # A product with 0 would not do: an ignored row may hold NaN.
         d_logits = torch.where(ignored[rows, None], 0.0, d_logits * row_scale[rows, None])
         if output_mask[0]:
             d_features[rows] = (d_logits @ matrix).to(features.dtype)
