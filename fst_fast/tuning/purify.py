@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import methods
 from ..data.batches import (
     Batches,
     Loader,
-    check_batch,
     resolve_device,
     resolve_precision,
 )
 from ..heads.contexts import (
     deterministic_algorithms,
-    evaluating,
     on_device,
     seeded,
     tuning,
 )
-from ..heads.find import find_head, head_matrix, head_name, unwrap
+from ..heads.find import unwrap
 from ..heads.tap import tap_features
 from ..measure.evaluate import measure
 from ..methods import Method
 from ..ops import backends
 from .arguments import (
-    check_adapter,
     check_callbacks,
     check_choices,
     check_flags,
     check_head,
     check_model,
     check_one_process,
-    check_output,
-    check_validation,
     ends_in_softmax,
     frozen_note,
-    needs_two_images,
     plain_numbers,
     plain_optional,
 )
 from .autotune import arrange, threads_of
-from .cuda_graphs import MOST_STEPS, Recording, capture_for
 from .loop import Callback, Tuner
+from .plan import Plan, check_fit, choose_method, recording_for
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
 from .resume import arrangement_of, fingerprint, follow_in
@@ -160,20 +151,20 @@ def purify(
     callbacks = check_callbacks(callbacks)
     epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
     alpha, threads, resume = plain_optional(alpha, threads, resume)
-    chosen = _choose_method(method, alpha)
+    chosen = choose_method(method, alpha)
     place = resolve_device(device, model)
     compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
     backends.choose("head_step_", place, backend)
     resolve_precision(precision, place)
     with on_device(place):
-        plan = _Plan(
+        plan = Plan(
             method=chosen,
             epochs=epochs * chosen.epochs_factor,
             lr=lr,
             momentum=momentum,
             compute=compute,
             deterministic=deterministic,
-            recording=_recording(graphs, place),
+            recording=recording_for(graphs, place),
             seed=seed,
             resume=resume,
             batches=Batches(loader, epochs * chosen.epochs_factor, "purify: loader"),
@@ -182,7 +173,7 @@ def purify(
             else Batches(validation, epochs * chosen.epochs_factor, "purify: validation"),
         )
         plain = unwrap(model)
-        name = _check_model(plain, plan, head)
+        name = check_fit(plain, plan, head)
         # This runs before anything is changed, perhaps in place.
         asked = {"head": name, "seed": seed}
         if resume is not None:
@@ -203,40 +194,7 @@ def purify(
         return _result(model if inplace else tuned, tuner, shift, name, plan, seconds)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The arguments of a run, checked as far as that goes without the model."""
-
-    method: Method
-    epochs: int
-    lr: float
-    momentum: float
-    compute: ComputeSettings
-    deterministic: bool
-    recording: Recording
-    seed: int
-    resume: str | Path | None
-    batches: Batches
-    validation: Batches | None
-
-
-def _check_model(model: nn.Module, plan: _Plan, head: nn.Module | str | None) -> str:
-    """Check that model and batches fit each other; returns the head's qualified name."""
-    batches, place = plan.batches, plan.compute.device
-    images, _ = check_batch(batches.first, batches.where, place)
-    _check_weights(model)
-    _check_takes(model, images)
-    name, classes = _trained_head(model, head, images)
-    check_adapter(model, name)
-    check_batch(batches.first, batches.where, place, num_classes=classes)
-    check_validation(plan.validation, place, classes)
-    sizes = batches.sizes()
-    if (sizes is None or 1 in sizes) and needs_two_images(model, images):
-        batches.join_singles()
-    return name
-
-
-def _tell(report: ProgressReport, plan: _Plan, model: nn.Module) -> None:
+def _tell(report: ProgressReport, plan: Plan, model: nn.Module) -> None:
     """Notes of the batches, and of parameters that came frozen, go to the report."""
     plan.batches.note = report.note
     note = frozen_note(model)
@@ -244,7 +202,7 @@ def _tell(report: ProgressReport, plan: _Plan, model: nn.Module) -> None:
         report.note(f"purify: {note}")
 
 
-def _prepare(tuned: nn.Module, name: str, plan: _Plan, report: ProgressReport) -> Tuner:
+def _prepare(tuned: nn.Module, name: str, plan: Plan, report: ProgressReport) -> Tuner:
     """Settle how the steps are computed; returns the run, its head re-initialised if so."""
     images, labels = plan.batches.first[:2]
     kept = None if plan.resume is None else arrangement_of(plan.resume)
@@ -272,7 +230,7 @@ def _prepare(tuned: nn.Module, name: str, plan: _Plan, report: ProgressReport) -
 def _run(
     tuner: Tuner,
     asked: Mapping[str, object],
-    plan: _Plan,
+    plan: Plan,
     report: ProgressReport,
     callbacks: Sequence[Callback],
 ) -> None:
@@ -295,7 +253,7 @@ def _shift(tuner: Tuner) -> HeadShift:
 
 
 def _result(
-    model: nn.Module, tuner: Tuner, shift: HeadShift, name: str, plan: _Plan, seconds: float
+    model: nn.Module, tuner: Tuner, shift: HeadShift, name: str, plan: Plan, seconds: float
 ) -> PurifyResult:
     return PurifyResult(
         model=model,
@@ -316,41 +274,6 @@ def _result(
     )
 
 
-def _recording(graphs: bool | int | str, place: torch.device) -> Recording:
-    # True is 1 to Python, but no number of steps.
-    most = graphs if isinstance(graphs, int) and not isinstance(graphs, bool) else None
-    if not (graphs in ("auto", True, False) if most is None else 1 <= most <= MOST_STEPS):
-        raise ValueError(
-            f'purify: graphs must be "auto", True, False or a number of steps in 1..{MOST_STEPS}, '
-            f"got {graphs!r}"
-        )
-    recording = Recording(
-        capture_for(place) if graphs else None, graphs not in ("auto", False), most
-    )
-    if recording.required and recording.capture is None:
-        raise ValueError(
-            f"purify: graphs={graphs} needs a GPU, got the device {place}; leave graphs out"
-        )
-    return recording
-
-
-def _choose_method(method: str | Method, alpha: float | str | None) -> Method:
-    if isinstance(alpha, str) and alpha != "auto":
-        raise ValueError(f'purify: alpha must be a number, "auto" or None, got {alpha!r}')
-    if isinstance(method, str):
-        return methods.get(method, **({} if alpha is None else {"alpha": alpha}))
-    if not isinstance(method, Method):
-        raise ValueError(
-            f"purify: method must be a name in {list(methods.available())} or a Method, got "
-            f"{method!r}"
-        )
-    if alpha not in ("auto", None):
-        raise ValueError(
-            f"purify: alpha must be left out where method is an object, got {alpha}; set it there"
-        )
-    return method
-
-
 def _validator(
     judged: Batches | None, compute: ComputeSettings
 ) -> Callable[[nn.Module], float] | None:
@@ -369,45 +292,3 @@ def _steps(loader: Loader, epochs: int) -> int | None:
         return epochs * len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta or tensor.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"purify: model must hold float32 weights, got {name} as {tensor.dtype} on "
-                f"{tensor.device}; use model.float(), and precision= for half-precision arithmetic"
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"purify: model must have finite weights, got NaN or Inf in {name}; the file is "
-                "damaged or the training diverged"
-            )
-
-
-def _check_takes(model: nn.Module, images: Tensor) -> None:
-    """Run two images through the model, where it is, so that a misfit is told as one."""
-    own = next(model.parameters())
-    with evaluating(model, own.device), torch.no_grad():
-        try:
-            output = model(images[:2].to(own.device, own.dtype).contiguous())
-        except Exception as error:
-            raise ValueError(
-                f"purify: model must take the loader's images {list(images.shape)}, got "
-                f"{type(error).__name__}: {error}; check their channels and size"
-            ) from error
-    check_output(output)
-
-
-def _trained_head(
-    model: nn.Module, head: nn.Module | str | None, images: Tensor
-) -> tuple[str, int]:
-    """The head's qualified name, and its number of classes."""
-    found = find_head(model, head=head, example=images)
-    name, weight = head_name(model, found), head_matrix(found)
-    if weight.norm().item() == 0:
-        raise ValueError(
-            f"purify: model must have a trained head, got {name} with a weight of zeros (norm 0); "
-            "load the checkpoint, or name the right layer with head="
-        )
-    return name, len(weight)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.atomic_files import TEMPORARIES, replace_file
 from ..data.prefetch import HostLoader
-from .loop import Position, Tuner
+from .loop import Tuner
+from .method_run import Position
 from .progress import EpochRecord, ProgressReport
 
 NAME = "state.safetensors"

@@ -21,10 +21,8 @@ _INDEXING = {"aten::index", "aten::index_put_", "aten::index_put"}
 
 def stand_in(monkeypatch, recorder):
     """The recorder in the place of CUDA's graphs, in every run of purify; returns it."""
-    purify, inject = (
-        importlib.import_module(f"fst_fast.{n}") for n in ("tuning.purify", "ops.inject")
-    )
-    monkeypatch.setattr(purify, "capture_for", lambda device: recorder)
+    plan, inject = (importlib.import_module(f"fst_fast.{n}") for n in ("tuning.plan", "ops.inject"))
+    monkeypatch.setattr(plan, "capture_for", lambda device: recorder)
     # Reads values, and is left out on a GPU.
     monkeypatch.setattr(inject, "check_rows", lambda *given: None)
     return recorder

@@ -127,7 +127,7 @@ def test_a_one_shot_iterator_is_refused():
 
 def test_networks_of_one_name_are_searched_once_for_their_head(tmp_path, monkeypatch):
     asked = []
-    module = importlib.import_module("fst_fast.tuning.purify")
+    module = importlib.import_module("fst_fast.tuning.plan")
     real = module.find_head
 
     def watched(model, head=None, example=None):
