@@ -154,7 +154,7 @@ def _attacked(
 
 
 def _lines(told: dict[str, Any]) -> list[str]:
-    """What was measured, for people."""
+    """Say for people what was measured."""
     lines = []
     for key, title in (("before", "before"), ("metrics", ""), ("retuned", "after RA")):
         if key in told:

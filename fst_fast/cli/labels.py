@@ -1,4 +1,4 @@
-"""Whether the images' labels, and their normalisation, are the model's own."""
+"""Checks whether the images' labels, and their normalisation, are the model's own."""
 
 from __future__ import annotations
 

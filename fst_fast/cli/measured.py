@@ -36,7 +36,7 @@ class Answers:
         return int((labels == answered).sum()) / len(labels)
 
     def metrics(self, name: str | None = None, target: int = 0) -> Metrics:
-        """What :func:`fst_fast.evaluate` gives for this trigger and target, or without any."""
+        """Return what :func:`fst_fast.evaluate` gives for this trigger and target, or for none."""
         if name is None:
             return Metrics(self.accuracy, None, None, self.clean.shape[1], 0)
         labels, answered = self.triggered[name]
@@ -83,7 +83,7 @@ def answers(
 
 
 def classes_of(model: nn.Module, images: Tensor) -> int | None:
-    """How many classes the model answers with, for images [N, C, H, W]; None where it fails.
+    """Return how many classes the model has, for images [N, C, H, W]; None where it fails.
 
     Whatever the failure was, it is told when the model is measured.
     """

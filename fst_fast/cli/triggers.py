@@ -91,7 +91,7 @@ def battery(images: Tensor) -> dict[str, Trigger]:
 
 
 def show_one(target: int, metrics: Metrics, given: bool, as_json: bool) -> None:
-    """What one trigger does; where the target was not given, which class was answered most."""
+    """Print what one trigger does; without a given target, also the class answered most."""
     if as_json:
         print(json.dumps({**asdict(metrics), "target": target, "target_given": given}, indent=2))
         return

@@ -76,7 +76,7 @@ COLUMNS = (
     # A number, "auto", or None for a method that takes none.
     Column("alpha", object, "cell.choice.alpha", "alpha"),
     Column("seed", int, "cell.seed", "seed"),
-    # Those done; of ``fst`` with alpha "auto" four times as many as asked for.
+    # These were done: for ``fst`` with alpha "auto" four times as many as asked for.
     Column("epochs", int, "epochs", "epochs"),
     # On the test images, else on the tuning images.
     Column(f"{_CLEAN}_before", float, "before.clean_accuracy"),
@@ -90,7 +90,7 @@ COLUMNS = (
     Column("robust_accuracy", float, "after.robust_accuracy", "robust accuracy", _ROBUST, True),
     # Between the head's final and original weight.
     Column("cosine", float, "result.head_shift.cosine", "cosine", _formatted("cosine", "{:+.3f}")),
-    # Of tuning.
+    # The seconds are those of tuning.
     Column("seconds", float, "seconds", "seconds", _formatted("seconds", "{:.1f}")),
     # Why the run ended early; why there is no purified model.
     Column("stopped", str, "result.stopped"),
@@ -148,7 +148,7 @@ def _csv(rows: Sequence[Row]) -> bytes:
 def _parquet(rows: Sequence[Row]) -> bytes:
     arrow, parquet = _pyarrow()
     kinds = {str: arrow.string(), int: arrow.int64(), float: arrow.float64()}
-    # What is a number or a word is text.
+    # A column of numbers and words is text.
     types = [arrow.field(c.name, kinds.get(c.kind, arrow.string())) for c in COLUMNS]
     mixed = [column.name for column in COLUMNS if column.kind is object]
     content = [

@@ -28,7 +28,7 @@ from ..triggers.pixels import Normalization
 from . import yaml_file
 from .yaml_file import one_of, shown, unfit
 
-# What a checkpoint takes from the top of the file where it leaves it out.
+# A checkpoint that leaves these out takes them from the top of the file.
 SHARED = ("arch", "arch_options", "num_classes", "head")
 
 
@@ -141,11 +141,11 @@ class Checkpoint(_Keys):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the file."""
+        """The digest of the file."""
         return sha256(self.file)
 
     def facts(self) -> dict[str, Any]:
-        """In which two runs of a sweep must agree."""
+        """Return the facts in which two runs of a sweep must agree."""
         names = ("arch", "arch_options", "num_classes", "head", "target", "sha256")
         trigger = None if self.attack is None else self.attack.describe()
         return {**{name: getattr(self, name) for name in names}, "trigger": trigger}
@@ -223,7 +223,7 @@ class Config(_Keys):
 
 
 def takes_alpha(method: str) -> bool:
-    """Whether the method of this name has an alpha to set."""
+    """Return whether the method of this name has an alpha to set."""
     return "alpha" in methods.get(method).settings()
 
 
@@ -238,5 +238,5 @@ def read_config(path: str | Path) -> Config:
 
 
 def normalization_of(written: str | Normalization) -> Normalization | None:
-    """What a configuration holds, for a DeviceLoader."""
+    """Return a configuration's normalisation as a DeviceLoader takes it."""
     return NORMALIZATIONS[written] if isinstance(written, str) else written

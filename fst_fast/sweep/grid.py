@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         seed = [] if self.seed is None else [f"s{self.seed}"]
         alpha = [] if self.choice.alpha is None else [str(self.choice.alpha)]
         return "-".join([self.title, self.choice.name, *alpha, *seed])
@@ -94,7 +94,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Done:
-    """What a cell came to; all but ``cell`` is None where it failed, but for ``error``.
+    """The outcome of a cell; if it failed, all is None but ``cell`` and ``error``.
 
     Attributes:
         model: what was made of the suspect.
@@ -112,12 +112,12 @@ class Done:
 
     @property
     def epochs(self) -> int:
-        """Those done."""
+        """The epochs that were done."""
         return 0 if self.result is None else len(self.result.history)
 
     @property
     def seconds(self) -> float | None:
-        """Of tuning, in all runs that the cell took."""
+        """The seconds of tuning, in all runs that the cell took."""
         if self.result is None:
             return None
         history = self.result.history
@@ -153,8 +153,8 @@ class Grid:
     lenient = False
 
     def __init__(self) -> None:
-        # Of each architecture, as its first run found it: to look for it takes a tenth of a second
-        # or more.
+        # Each architecture has the head that its first run found: to look for it takes a tenth of
+        # a second or more.
         self._heads: dict[str, str] = {}
 
     def model(self, cell: Cell) -> nn.Module:

@@ -27,8 +27,8 @@ from .grid import Cell, Choice, Done, Grid, GridProgress
 from .store import Folder, Row, claimed
 
 FORMAT = "fst_fast sweep, version 1"
-# What of the configuration two runs of one sweep must agree in, beside the checkpoints; files go by
-# their content, and where or in what format results are written is free.
+# Two runs of one sweep must agree in these, beside the checkpoints; files go by their content, and
+# where or in what format results are written is free.
 SETTINGS = (
     *("size", "normalize", "augment", "batch_size", "methods", "alphas", "seeds"),
     *("epochs", "lr", "momentum", "precision", "threads", "weights"),

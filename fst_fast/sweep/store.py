@@ -1,4 +1,4 @@
-"""What of a grid is done: rows in a folder of cells, or in one record."""
+"""Keeps what of a grid is done: rows in a folder of cells, or in one record."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # The first run's way to compute holds for all runs of a grid.
 UNCOMPARED = {"computed": None, "versions": None}
-# Of a suspect's manifest: what the record holds already, or another file describes.
+# The record already holds these facts of a suspect, or another file describes them.
 ELSEWHERE = ("versions", "data", "made_by", "format", "format_version", "payload", "size_bytes")
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process now has the folder to itself; what a dead one half wrote is removed.
+    """Yield whether this process has the folder to itself; a dead one's leftovers are removed.
 
     The claim is a lock of the operating system on a file in it, which ends with the process,
     however that ends.
@@ -100,7 +100,7 @@ class Folder:
         return next(filter(Path.exists, ends), None)
 
     def row(self, cell: Cell) -> Row:
-        """Of a finished cell."""
+        """Return the row of a finished cell."""
         return dict(_read(self.finished(cell) or self.of(cell))["row"])
 
     def keep(self, cell: Cell, row: Row, manifest: Mapping[str, Any] | None) -> None:
@@ -115,7 +115,7 @@ class Folder:
 
     @contextlib.contextmanager
     def before(self, title: str) -> Iterator[Metrics | None]:
-        """What a suspect measured, or None: then the caller is alone in measuring it."""
+        """Yield what a suspect measured, or None: then the caller is alone in measuring it."""
         with claimed(self.root / "before" / title, wait=True):
             path = self.root / "before" / title / "before.json"
             yield Metrics(**_read(path)) if path.exists() else None
@@ -126,7 +126,7 @@ class Folder:
         replace_file(self.root / "before" / title / "before.json", data)
 
     def claim(self, cell: Cell) -> AbstractContextManager[bool]:
-        """Whether this process alone may do the cell."""
+        """Say whether this process alone may do the cell."""
         return claimed(self.of(cell), wait=False)
 
     def run_of(self, cell: Cell) -> Path:
@@ -185,7 +185,7 @@ class Record:
         self.content["suspects"].setdefault(title, {**facts, "rows": []})
 
     def rows(self, title: str) -> list[Row]:
-        """Of a suspect, as they were added."""
+        """Return a suspect's rows as they were added."""
         return list(self.content["suspects"].get(title, {}).get("rows", []))
 
     def finished(self, cell: Cell) -> Row | None:
@@ -204,7 +204,7 @@ class Record:
 
     @contextlib.contextmanager
     def before(self, title: str) -> Iterator[Metrics | None]:
-        """Of the first row, in which nothing is done."""
+        """Yield the metrics of the first row, in which nothing is done."""
         yield Metrics(**{name: self.rows(title)[0][name] for name in Metrics.__dataclass_fields__})
 
     def keep_before(self, title: str, metrics: Metrics) -> None:

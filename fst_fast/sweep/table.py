@@ -25,7 +25,7 @@ from .store import Record, Row
 
 @dataclass(frozen=True)
 class TablePlan:
-    """What a table consists of.
+    """The contents of a table.
 
     Attributes:
         orders: the suspects; a clean model is among them.
@@ -48,7 +48,7 @@ class TablePlan:
     threads: int
 
     def cells(self) -> Iterator[Cell]:
-        """Of each suspect what it is itself, then each method, last the clean model's answer."""
+        """Yield each suspect as it is, then under each method, last the clean model's answer."""
         for order in self.orders:
             title = f"{order.attack} {100 * order.rate:g}%" if order.rate else "clean"
             yield Cell(title, order, Choice(NOTHING))
@@ -59,7 +59,7 @@ class TablePlan:
                 yield Cell(title, order, Choice(UNHARMED))
 
     def facts(self, splits: Splits) -> dict[str, Any]:
-        """In which two runs of one table agree; ``computed`` is the first one's."""
+        """Return the facts in which two runs of a table agree; ``computed`` is the first one's."""
         numbers = ("seeds", "epochs", "batch_size", "clean_images", "queries")
         return {
             **{name: getattr(self, name) for name in numbers},

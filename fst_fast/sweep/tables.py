@@ -82,7 +82,7 @@ def by_method(record: dict[str, Any]) -> tuple[list[str], Rows]:
 
 
 def about(record: dict[str, Any]) -> str:
-    """What the tables are of, in a line."""
+    """Say in a line what the tables are of."""
     settings = record["settings"]
     suspects = settings["suspects"].values()
     archs = ", ".join(dict.fromkeys(order["arch"] for order in suspects))
@@ -103,7 +103,7 @@ def _commits(record: dict[str, Any]) -> str:
 
 
 def _seeds(record: dict[str, Any]) -> str:
-    """How many of each purification there are: the table may be unfinished."""
+    """Say how many of each purification there are: the table may be unfinished."""
     counts = [
         len(found)
         for made in record["suspects"].values()

@@ -69,7 +69,7 @@ def read(path: Path, model: type[Model], command: str, **context: Any) -> Model:
 
 
 def unfit(expected: str, remedy: str = "", key: str = "", got: str = "") -> PydanticCustomError:
-    """What a validator raises: what was expected, and the remedy.
+    """Return the error for a validator to raise: what was expected, and the remedy.
 
     ``key`` and ``got`` name what is at fault where it is not all that the validator was given.
     """
@@ -169,7 +169,7 @@ def _field(
     keys: list[str] = []
     for part in location:
         if isinstance(part, str):
-            # What follows tells the kinds that a value may be of.
+            # The rest tells the kinds that a value may be of.
             if model is None:
                 break
             fields = {found.alias or name: found for name, found in model.model_fields.items()}
@@ -183,7 +183,7 @@ def _field(
 def _words(
     fault: ErrorDetails, place: Place, field: FieldInfo | None, keys: list[str], content: Any
 ) -> str:
-    """What was expected where, what came, and the remedy."""
+    """Say what was expected where, what came, and the remedy."""
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     key, name = place[-1] if place else "", _name(place)
     if kind == "missing":
