@@ -1,4 +1,4 @@
-"""What is measured: shapes, inputs, the truth in float64, the least that must be computed."""
+"""Cases to measure: shapes, inputs, the truth in float64, the least that must be computed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALPHA = 0.2
 LR = 0.01
 MOMENTUM = 0.9
-# Of a huge case the truth is computed for so many rows of d_features and of d_weight.
+# A huge case has its truth computed for so many rows of d_features and of d_weight.
 CHECKED_ROWS = 256
 DOUBLES_AT_A_TIME = 2**24
 
@@ -33,7 +33,7 @@ Truth = dict[str, tuple[Tensor | None, Tensor]]
 
 @dataclass
 class LossInputs:
-    """What head_deviation_loss takes."""
+    """The arguments of head_deviation_loss."""
 
     features: Tensor
     weight: Tensor
@@ -83,7 +83,7 @@ class LossCase:
 
     @property
     def yardstick_bytes(self) -> int:
-        """What extra memory is a share of: the logits in float32."""
+        """The logits in float32, of which extra memory is given as a share."""
         return 4 * self.B * self.K
 
     @property
@@ -117,7 +117,7 @@ class LossCase:
         inputs.clear()
 
     def results(self, inputs: LossInputs, returned: Tensor) -> dict[str, Tensor | None]:
-        """What a call has computed."""
+        """Return what a call has computed."""
         return {
             "loss": returned.detach(),
             "d_features": inputs.features.grad,
@@ -131,7 +131,7 @@ class LossCase:
             return _loss_truth(inputs, _some(self.B, self.huge), self._classes(inputs.labels))
 
     def _classes(self, labels: Tensor) -> Tensor | None:
-        """Of a huge case, classes that some label names and others, half and half."""
+        """Return for a huge case classes that some label names and others, half and half."""
         if not self.huge:
             return None
         evenly = torch.linspace(0, self.K - 1, CHECKED_ROWS // 2, device=labels.device).long()
@@ -169,7 +169,7 @@ def _loss_truth(inputs: LossInputs, rows: Tensor | None, classes: Tensor | None)
 
 @dataclass
 class StepInputs:
-    """What head_step_ takes."""
+    """The arguments of head_step_."""
 
     weight: Tensor
     bias: Tensor
@@ -206,7 +206,7 @@ class StepCase:
 
     @property
     def yardstick_bytes(self) -> int:
-        """What extra memory is a share of: the weight."""
+        """The weight, of which extra memory is given as a share."""
         return 4 * self.K * self.D
 
     @property

@@ -1,4 +1,4 @@
-"""What the table of each suite's record shows."""
+"""The columns in the table of each suite's record."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _title(case: dict[str, Any]) -> list[str]:
 
 
 def _notes(case: dict[str, Any]) -> list[str]:
-    """What a case says beside its rows."""
+    """Return what a case says beside its rows."""
     lines = []
     for variant, shares in (case.get("shares") or {}).items():
         if shares is not None:

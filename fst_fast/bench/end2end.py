@@ -89,7 +89,7 @@ def _plain(job: Job, device: torch.device, seed: int) -> Run:
     assert suspect.normalize is not None
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
-        # Of the order, crops and flips.
+        # The seed is that of the order, crops and flips.
         torch.default_generator.manual_seed(seed)
         pictures = plain.Pictures(job.clean, suspect.normalize, spec.augment)
         plain.tune(
@@ -238,7 +238,7 @@ def _rows(
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Of one variant's runs, the first of them cold."""
+    """Sum up one variant's runs, the first of them cold."""
     return {
         "cold_us": 1e6 * runs[0].seconds,
         "tune_us": 1e6 * statistics.median(r.tune for r in runs[1:]),
@@ -258,13 +258,13 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def apart(runs: Sequence[Run], base: Sequence[Run]) -> str | None:
-    """How the results differ from the baseline's beyond the noise, or None."""
+    """Say how the results differ from the baseline's beyond the noise, or None."""
     wrong = []
     for name in (CLEAN, ATTACK):
         ours, theirs = ([getattr(r, name) for r in part] for part in (runs, base))
         difference = statistics.fmean(ours) - statistics.fmean(theirs)
         error = math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / len(ours))
-        # Not "difference > bound": a NaN is wrong.
+        # The bound is not tested by ">": a NaN is wrong.
         if not abs(difference) <= max(POINT, ERRORS * error):
             wrong.append(
                 f"{name} is {statistics.fmean(ours):.1%}, plain's {statistics.fmean(theirs):.1%}, "

@@ -1,4 +1,4 @@
-"""Whether a result is right: nothing wrong of ours is timed.
+"""Judges whether a result is right: nothing wrong of ours is timed.
 
 The rule is that of ``tests/check.py``: at most twice eager PyTorch's own error in the same dtype,
 and one rounding to spare. Errors are the largest deviation from float64, as a share of the largest
@@ -39,7 +39,7 @@ def verdict(
     for name, error in found.items():
         tensor = got[name]
         rounding = 0.0 if tensor is None else torch.finfo(tensor.dtype).eps
-        # Not "error > bound": a NaN is wrong.
+        # The bound is not tested by ">": a NaN is wrong.
         if not error <= 2 * eager[name] + rounding:
             wrong.append(f"{name} is off by {error:.1e} of its size, eager by {eager[name]:.1e}")
     return "; ".join(wrong) or None

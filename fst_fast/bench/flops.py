@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one image: the products of convolutions and linear layers, a multiply-add being two."""
+    """The products of convolutions and linear layers for one image; a multiply-add is two."""
 
     forward: int
     training: int

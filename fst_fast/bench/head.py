@@ -16,7 +16,7 @@ from .suite import Checked, Facts, Settings
 
 NAME = "head"
 MOST_INPUTS = 256
-# Of a huge case on a CPU nothing is timed that takes longer than so many of eager's calls.
+# On a CPU a call of a huge case that takes longer than so many of eager's is not timed.
 PATIENCE = 2.0
 METHOD = {
     "error": "largest deviation from float64 as a share of the largest true value; in huge cases "
@@ -55,7 +55,7 @@ def measure_case(case: cases.Case, settings: Settings, child: memory.Child) -> d
         refused |= slow
     sets = make_sets(case, settings.device)
     cold = _time(case, right, sets, settings)
-    # What fits into the cache is also timed there.
+    # A case that fits into the cache is also timed there.
     fits = case.bytes <= machine.cache_bytes(settings.device)
     hot = _time(case, right, sets[:1], settings) if fits else None
     count = len(sets)
@@ -134,7 +134,7 @@ def checked(
 
 
 def _shown(variant: peers.Variant, facts: Facts) -> bool:
-    """Whether a wrong result of another's is to be timed all the same."""
+    """Return whether another's result that is wrong is to be timed all the same."""
     return not variant.ours and "errors" in facts.told
 
 

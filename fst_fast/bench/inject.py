@@ -29,8 +29,8 @@ METHOD = {
     "gb_per_s": "those bytes over the median",
     "inputs": f"{SETS} batches in turn, from a dataset larger than the last-level cache",
 }
-# Of another's result: what its own way of normalising may change, in byte levels, and in roundings
-# of its dtype.
+# Another's way of normalising may change its result by so many byte levels, and by so many
+# roundings of its dtype.
 SAME_LEVELS, ROUNDINGS = 0.01, 4
 # And the share of values that may be another byte: more, and it would be another trigger.
 MOST_DIFFERING = 0.01
@@ -111,7 +111,7 @@ def judge(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inexact: 
     levels = difference.max().item()
     same = ROUNDINGS * torch.finfo(truth.dtype).eps * truth.float().abs() * std * 255 + SAME_LEVELS
     other_byte = (difference > same).float().mean().item()
-    # Not "x > bound": a NaN is wrong.
+    # The bound is not tested by ">": a NaN is wrong.
     near = bool((difference <= 1 + same).all()) and other_byte <= MOST_DIFFERING
     told = {"differing": apart, "levels": levels}
     if apart == 0 or (inexact and near):

@@ -1,4 +1,4 @@
-"""What ``bench inject`` measures: batches of one trigger each, from a dataset of random bytes."""
+"""Cases of ``bench inject``: batches of one trigger each, from a dataset of random bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAD = 4
 CHANNELS = 3
 CLASSES = 10
 SHAPES = [(128, 32, 32), (128, 224, 224)]
-# Of the stored dataset: more than a processor's caches hold.
+# The stored dataset is larger than a processor's caches.
 DATASET_BYTES = 80 * 2**20
 # Batches that take turns.
 SETS = 8
@@ -59,7 +59,7 @@ class Stored:
 
 @dataclass
 class InjectInputs:
-    """What makes one batch."""
+    """The inputs that make one batch."""
 
     family: str
     stored: Stored

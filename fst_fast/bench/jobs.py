@@ -45,7 +45,7 @@ class JobSpec:
 
     @property
     def needs_data(self) -> bool:
-        """Whether its images come from ``--data``; others are the digits."""
+        """Return whether its images come from ``--data``; others are the digits."""
         return self.order.normalize == "cifar10"
 
     def quick(self) -> JobSpec:

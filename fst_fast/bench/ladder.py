@@ -23,16 +23,16 @@ from .loop_cases import NORMALIZE, Inputs, LoopCase
 
 ALPHA, LR = 0.05, 0.01
 BASE, OURS = "plain", "purify (auto)"
-# Of the loss and of the head's weight, as a share of plain's.
+# The loss and the head's weight may differ from plain's by these shares.
 TOLERANCE = {"fp32": 0.02, "bf16": 0.1, "fp16": 0.1}
 SHARES_APART = {"fp32": 0.005, "bf16": 0.01, "fp16": 0.01}
-# What purify says of how its steps were computed, and takes as an argument.
+# purify says these of how its steps were computed, and takes them as arguments.
 ARRANGED = ("precision", "channels_last", "threads")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a rung ends with, the tuned model or two shares, and how its steps were computed."""
+    """The end of a rung, the tuned model or two shares, and how its steps were computed."""
 
     value: Any
     how: Mapping[str, Any]
@@ -180,7 +180,7 @@ def tuned_apart(found: Ended, truth: Ended, inputs: Inputs) -> str | None:
     heads = [m.get_parameter("head.weight").detach() for m in models]
     turned = ((heads[0] - heads[1]).norm() / heads[1].norm()).item()
     got, wanted = (_mean_loss(m, inputs) for m in models)
-    # Not "apart > share": a NaN is wrong.
+    # The share is not tested by ">": a NaN is wrong.
     if turned <= share and abs(got - wanted) <= share * wanted:
         return None
     return (

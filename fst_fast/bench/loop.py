@@ -70,7 +70,7 @@ def _timed(
     settings: Settings,
 ) -> list[dict[str, Any]]:
     """A row for each rung."""
-    # Not run twice more to see how long it takes.
+    # The times are known, so nothing is run twice more to see how long it takes.
     expected: dict[peers.Variant, float | None] = {r: found.seconds for r, found in right.items()}
     blocks = suite.time_in_turn(expected, [(inputs, case)], settings)
     return [
@@ -111,7 +111,7 @@ def checked(case: LoopCase, rungs: list[Rung], inputs: Inputs) -> Checked:
 
 
 def _looked_into(case: LoopCase, right: Checked, inputs: Inputs) -> dict[str, Any]:
-    """Of plain and of purify as it comes: where the time of their steps goes."""
+    """Say where the time of steps goes, of plain and of purify as it comes."""
     out: dict[str, Any] = {"shares": {}, "overhead": None}
     for rung, found in right.items():
         if rung.name in (BASE, OURS):

@@ -1,4 +1,4 @@
-"""What the suites ``loop`` and ``evaluate`` work on: a network and images whose colour tells."""
+"""Cases of the suites ``loop`` and ``evaluate``: a network and images whose colour tells."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LoopCase:
 
     @property
     def flops(self) -> int:
-        """Of all steps, or of the clean and the triggered pass."""
+        """The operations of all steps, or of the clean and the triggered pass."""
         image = _flops(self.width)
         if self.op == "loop":
             return image.training * self.images * self.epochs
@@ -68,7 +68,7 @@ def _flops(width: int) -> flops.Flops:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a rung is given; ``around``: takes every loader and returns the one to use."""
+    """The inputs of a rung; ``around`` takes every loader and returns the one to use."""
 
     data: ImageSet
     model: nn.Module

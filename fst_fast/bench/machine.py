@@ -1,4 +1,4 @@
-"""What the machine can do, and what it is."""
+"""Tells what the machine can do, and what it is."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def versions() -> dict[str, str]:
 
 
 def build() -> dict[str, Any]:
-    """How each of our backends was built."""
+    """Say how each of our backends was built."""
     return backends.report()
 
 

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the suite, or all of them; 1 where a variant of ours was refused."""
     everything = options.suite == ALL
     names = list(SUITES) if everything else [options.suite]
-    # What is wrong with any suite's arguments is said before the first one starts.
+    # A fault in any suite's arguments is told before the first one starts.
     plans = {name: make_settings(options, name) for name in names}
     if options.record is not None:
         options.record.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a step costs beside its forward and backward pass, and where the time of steps goes."""
+"""Measures the cost of a step beside its two passes, and where the time of steps goes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PairedSteps:
             started = time.perf_counter()
             yield self._batch
             steps.append(time.perf_counter() - started)
-        # Not reached where only the first batch was looked at.
+        # A caller that looked only at the first batch never gets here.
         self.bare.append(bare)
         self.steps.append(steps)
 
@@ -72,7 +72,7 @@ class PairedSteps:
 def overhead(
     rung: Rung, inputs: Inputs, case: LoopCase, how: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Of a step, beside its forward and backward pass."""
+    """Measure a step beside its forward and backward pass."""
     if inputs.device.type != "cpu":
         return _replayed(inputs, case, how)
     found: list[PairedSteps] = []
@@ -98,7 +98,7 @@ def overhead(
 
 
 def _replayed(inputs: Inputs, case: LoopCase, how: Mapping[str, Any]) -> dict[str, float]:
-    """Of purify's steps behind its first epoch, and of a graph of the pass and SGD alone."""
+    """Measure purify's steps behind its first epoch, and a graph of the pass and SGD alone."""
     loader = inputs.device_loader(True)
     bare = {size: _bare_graph(inputs, size, how) for size in dict.fromkeys(loader.batch_sizes())}
     result = purify(
@@ -147,7 +147,7 @@ def _bare_graph(inputs: Inputs, size: int, how: Mapping[str, Any]) -> float:
 def shares(
     rung: Rung, inputs: Inputs, case: LoopCase, how: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Of the time of a few steps, by kind of work; None where an epoch has too few."""
+    """Share out the time of a few steps by kind of work; None where an epoch has too few."""
     found: list[StepProfile] = []
 
     def around(loader: Any) -> StepProfile:

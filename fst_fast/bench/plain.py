@@ -95,7 +95,7 @@ def tune(
     """
     state = HeadState(head)
     state.reinitialize(torch.Generator().manual_seed(seed))
-    # Not detached: as the script has it, every projection records a little graph.
+    # The weight is not detached: as in the script, every projection records a little graph.
     norm = torch.norm(state.weight0.clone().requires_grad_())
     model.to(device).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -123,7 +123,7 @@ def tune(
 def counts(
     model: nn.Module, loader: DataLoader, device: torch.device, target: int | None = None
 ) -> tuple[int, int]:
-    """How many images are classified as their label, or as the target; how many there were.
+    """Count the images classified as their label, or as the target, and all images.
 
     Images of the target class are left out where there is one.
     """

@@ -12,7 +12,7 @@ import fst_fast
 from fst_fast.checkpoints.atomic_files import dump_json, replace_file, strict_json
 
 ROOT = Path(fst_fast.__file__).parents[1]
-# What a measurement depends on; a new record beside them leaves them as they are.
+# A measurement depends on these; a new record beside them leaves them as they are.
 SOURCES = ("csrc", "kernels", "fst_fast", "setup.py", "pyproject.toml")
 
 

@@ -1,4 +1,4 @@
-"""What every suite does: its record, its cases in turn, its variants in turn."""
+"""Runs a suite: its record, its cases in turn, its variants in turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIME_METHOD = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, on what, for how long.
+    """Settings of a suite: what to measure, on what, for how long.
 
     Attributes:
         cases: of the suite's own kind.
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one checked call of a variant showed.
+    """The findings of one checked call of a variant.
 
     Attributes:
         reason: what is wrong with the result, or None.
@@ -64,7 +64,7 @@ Checked = dict[Any, Facts]
 
 
 def check_each(found: Iterable[peers.Variant], check: Callable[[Any], Facts]) -> Checked:
-    """What each variant's call shows, of those that can run."""
+    """Return what each variant's call shows, of those that can run."""
     peers.forget_compiled()
     out: Checked = {}
     for variant in found:
@@ -84,7 +84,7 @@ def check_each(found: Iterable[peers.Variant], check: Callable[[Any], Facts]) ->
 def sides(
     rows: Sequence[Mapping[str, Any]], refused: Checked, found: Iterable[peers.Variant]
 ) -> dict[str, Any]:
-    """Of a case's record: the rows, and why others of the variants have none."""
+    """Return a case's part of the record: the rows, and why other variants have none."""
     return {
         "variants": rows,
         "refused": [facts.row(variant) for variant, facts in refused.items()],

@@ -179,7 +179,7 @@ def against(blocks: Mapping[str, Sequence[Block]], name: str, *bases: str) -> di
 
 
 def speedup(blocks: Sequence[Block], base: Sequence[Block]) -> tuple[float, list[float]]:
-    """How many times as fast as the baseline: the ratio of medians, and its range.
+    """Return how many times as fast as the baseline: the ratio of medians, and its range.
 
     The range holds p20 and p80 of that ratio taken round by round: on a busy machine it tells
     more than the percentiles of the times.
