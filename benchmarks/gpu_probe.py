@@ -26,9 +26,9 @@ SHOWN = 60
 EPOCHS = 3
 # What is timed wherever purify calls it. A name that is not there (any more) is told as absent.
 TIMED = (
-    "fst_fast.tuning.purify:find_head",
-    "fst_fast.tuning.purify:_check_weights",
-    "fst_fast.tuning.purify:_check_takes",
+    "fst_fast.tuning.plan:find_head",
+    "fst_fast.tuning.plan:_check_weights",
+    "fst_fast.tuning.plan:_check_takes",
     "fst_fast.tuning.purify:arrange",
     "fst_fast.tuning.purify:tap_features",
     "fst_fast.tuning.loop:open_feed",

@@ -305,4 +305,8 @@ class Method:
 
     def settings(self) -> Mapping[str, object]:
         """The method's name and settings as plain values, for manifests."""
-        return {"method": self.name, **asdict(self)}
+        own = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+        return {"method": self.name, **own}

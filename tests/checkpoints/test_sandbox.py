@@ -112,6 +112,7 @@ def test_limits_hold(tmp_path, monkeypatch, limit, value, word):
         path.unlink()
         os.mkfifo(path)
         monkeypatch.setattr("fst_fast.checkpoints.read.check_file", lambda path: None)
+        monkeypatch.setattr("fst_fast.checkpoints.read.is_safetensors", lambda path: False)
         both = os.O_RDWR
         monkeypatch.setattr(Path, "open", lambda self, _: os.fdopen(os.open(self, both), "r+b", 0))
     monkeypatch.setattr(reader_client, "limits", lambda size: LIMITS | {limit: value})

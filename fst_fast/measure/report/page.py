@@ -211,7 +211,26 @@ def _confusion(measured: Measured | None, names: Sequence[str]) -> dict[str, obj
 
 
 # These entries of the manifest have a place of their own on the page.
-SHOWN_ELSEWHERE = ("history", "head_shift", "settings", "versions", "attack_success")
+SHOWN_ELSEWHERE = (
+    *("history", "head_shift", "settings", "versions", "attack_success", "findings"),
+)
+
+
+def _searched(findings: object) -> list[tuple[str, str]]:
+    """Rows of what a method found on the suspect, in its order."""
+
+    def share(value: object) -> str:
+        return f"{100 * value:.0f} %" if isinstance(value, int | float) else text.clean(value)
+
+    rows = findings if isinstance(findings, list | tuple) else ()
+    return [
+        (
+            text.clean(f"{row.get('form')}, class {row.get('target')}"),
+            f"{share(row.get('before'))} of other images before, {share(row.get('after'))} after",
+        )
+        for row in rows
+        if isinstance(row, Mapping)
+    ]
 
 
 def _facts(manifest: Manifest, measured: Measured | None) -> list[tuple[str, list[Any]]]:
@@ -228,6 +247,9 @@ def _facts(manifest: Manifest, measured: Measured | None) -> list[tuple[str, lis
         if measured.trigger is not None:
             measurement |= {"target": measured.target, "trigger": measured.trigger}
         found.append(("Settings of the measurement", text.flat(measurement)))
+    searched = _searched(raw.get("findings"))
+    if searched:
+        found.append(("Triggers found on the suspect, and what they answer for", searched))
     found.append(("Files and origin", text.flat(rest)))
     found.append(("Versions", text.flat(raw.get("versions", {}))))
     return found
