@@ -47,7 +47,7 @@ def sources(root=ROOT):
 
 
 def here():
-    """What an extension must have been built for to be loaded here."""
+    """Return what an extension must have been built for to be loaded here."""
     return {
         "extension": sysconfig.get_config_var("EXT_SUFFIX"),
         "machine": platform.machine(),
@@ -57,7 +57,7 @@ def here():
 
 
 def obstacles(manifest, found, capability):
-    """What of the bundle does not fit a machine, in words; none where it can be used."""
+    """Return what of the bundle does not fit a machine, in words; none where it fits."""
     out = [
         f"{name}: the bundle was built for {manifest.get(name)}, here it is {value}"
         for name, value in found.items()
@@ -127,7 +127,7 @@ def use():
 
 
 def loads():
-    """Whether C++ and CUDA can be used, in a fresh process."""
+    """Say whether C++ and CUDA can be used, in a fresh process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT, env=environment).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Where a replayed step and the set-up before it spend their time.
+"""Measure where a replayed step and the set-up before it spend their time.
 
 python benchmarks/gpu_probe.py OUT
 
@@ -24,7 +24,7 @@ from fst_fast.bench.loop_cases import BATCH, LoopCase
 
 SHOWN = 60
 EPOCHS = 3
-# What is timed wherever purify calls it. A name that is not there (any more) is told as absent.
+# These are timed wherever purify calls them. A name that is not there is told as absent.
 TIMED = (
     "fst_fast.tuning.plan:find_head",
     "fst_fast.tuning.plan:_check_weights",
@@ -123,7 +123,7 @@ class Probe:
         return time.perf_counter() - started
 
     def kernels(self):
-        """Of the steps of an epoch that is replayed: name, count and microseconds by step."""
+        """List the kernels of a replayed epoch: name, count and microseconds by step."""
         case = self.case(self.images - self.images % BATCH or BATCH)
         profiler = torch.profiler.profile()
         seconds = []

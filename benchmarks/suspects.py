@@ -1,4 +1,4 @@
-"""What each method makes of classifiers that others trained.
+"""Measure what each method makes of classifiers that others trained.
 
     python benchmarks/suspects.py FOLDER --data DATA [--methods ft:40 fst:0.2 fst_auto auto]
 
