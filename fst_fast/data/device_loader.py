@@ -204,13 +204,17 @@ class DeviceLoader:
         epoch, self._epoch = self._epoch, self._epoch + 1
         return self._batches(epoch)
 
-    def epoch_params(self, epoch: int) -> Tensor:
+    def without_augmentation(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch with every image as it is stored."""
+        return self._batches(epoch, augmented=False)
+
+    def epoch_params(self, epoch: int, augmented: bool = True) -> Tensor:
         """[M, 8] int32 on the CPU: ``params`` of ``inject`` for all images in the epoch's order."""
         count = len(self.images)
         # The CPU draws for every device: the same seed gives the same batches everywhere.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        crops = draw(self.augment, count, generator)
+        crops = draw(self.augment if augmented else None, count, generator)
         return torch.cat([self._source[order, None], crops, self._fate[order]], dim=1)
 
     def _poison(
@@ -258,8 +262,8 @@ class DeviceLoader:
         self._tables = lower(planned.triggers, shape, device=self.device, lookup=lookup)
         self._fate = torch.stack([chosen, planned.labels.int(), tiles, key], dim=1)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        table = self.epoch_params(epoch)[: len(self) * self.batch_size]
+    def _batches(self, epoch: int, augmented: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        table = self.epoch_params(epoch, augmented)[: len(self) * self.batch_size]
         for images, params in self._sets(table):
             yield self.gather(params, images=images)
 

@@ -183,7 +183,10 @@ class Run(Protocol):
         """Add a tensor that the method changes in place: a resumed run goes on from its value."""
 
     def sample(self, images: int, most_bytes: int) -> tuple[Tensor, Tensor]:
-        """Return clean images [N, C, H, W] of the loader, on the device, and labels [N] int64."""
+        """Return clean images [N, C, H, W] of the loader, on the device, and labels [N] int64.
+
+        A DeviceLoader gives them without its augmentation.
+        """
 
     def pixel_range(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the darkest and the brightest pixel is, each [1, C, 1, 1].

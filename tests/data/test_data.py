@@ -103,6 +103,15 @@ def test_augmented_images_are_torchvision_crops_of_their_own_image(augment, pad,
         assert any(row != column for row, column, _ in seen)
 
 
+def test_images_come_as_they_are_stored_where_augmentation_is_left_out():
+    images = make_images(7)
+    loader = DeviceLoader(images, torch.arange(7), 3, shuffle=True, augment="cifar", seed=1)
+    ahead = [labels for _, labels in DeviceLoader(images, torch.arange(7), 3, shuffle=True, seed=1)]
+    for (batch, labels), expected in zip(loader.without_augmentation(0), ahead, strict=True):
+        assert torch.equal(labels, expected), "in the order of the epoch"
+        assert torch.equal(batch.mul(255).round().byte(), images[labels].permute(0, 3, 1, 2))
+
+
 def test_every_crop_and_flip_comes_about_equally_often():
     images = make_images(1, 3, 3).expand(900, -1, -1, -1)
     loader = DeviceLoader(images, torch.zeros(900).long(), 900, augment=Augment(pad=1), seed=5)
