@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Batch, Closure, HeadState, Method, Run
+from .d3 import D3
 from .fe import FE
 from .fst import FST
 from .fst_auto import FSTAuto
@@ -15,7 +16,7 @@ from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FE, FST, FSTAuto, FT, FTInit, LP, TriggerUnlearning)
+    method.name: method for method in (D3, FE, FST, FSTAuto, FT, FTInit, LP, TriggerUnlearning)
 }
 
 

@@ -37,7 +37,7 @@ def refused(path, *texts):
         ({"methods": "fst"}, ["methods must be a list, got the text 'fst'; write [fst]"]),
         (
             {"methods": ["fts"]},
-            ["methods must be a list, each one of fe, fst", "did you mean ft?"],
+            ["methods must be a list, each one of", "fe, fst", "did you mean ft?"],
         ),
         (
             {"methods": ["ft", "ft"]},
