@@ -11,12 +11,14 @@ from .fst import FST
 from .fst_auto import FSTAuto
 from .ft import FT
 from .ft_init import FTInit
+from .ft_sam import FTSAM
 from .lp import LP
 from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (D3, FE, FST, FSTAuto, FT, FTInit, LP, TriggerUnlearning)
+    method.name: method
+    for method in (D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, TriggerUnlearning)
 }
 
 
