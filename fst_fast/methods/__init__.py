@@ -13,12 +13,13 @@ from .ft import FT
 from .ft_init import FTInit
 from .ft_sam import FTSAM
 from .lp import LP
+from .pam import PAM
 from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, TriggerUnlearning)
+    for method in (D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, PAM, TriggerUnlearning)
 }
 
 
