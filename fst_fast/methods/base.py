@@ -144,7 +144,7 @@ class Run(Protocol):
     Attributes:
         model: changed in place.
         head: the head under tuning.
-        epochs: that are run.
+        epochs: that are run; a method may lower it in :meth:`Method.begin`.
         head_lr: the head's learning rate, as a multiple of the others'.
         head_only: train the head alone, the backbone in eval mode.
         head_only_until: the epoch (0-based) in which ``head_only`` will be set back, as far as is

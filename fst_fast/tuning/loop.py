@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -96,6 +97,7 @@ class Tuner(MethodRun):
         """Let the method prepare; its tensors are registered then."""
         self._batches = batches
         self.method.begin(self._view)
+        self.settings = replace(self.settings, epochs=self.epochs)
 
     def run(
         self,
@@ -116,6 +118,7 @@ class Tuner(MethodRun):
         device = self.settings.compute.device
         feed = self._open(batches)
         feed.register(self.state)
+        report.expect(self.epochs)
         replays = self._replays = self._make_replays(batches, report)
         ledger = Ledger(device, self.history[-1].seconds if self.history else 0.0)
         with Interrupts(terminate=keeper is not None) as interrupts:

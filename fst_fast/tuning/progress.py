@@ -118,6 +118,12 @@ class ProgressReport(Bar):
         super().__init__(title, epochs, enabled, console)
         self._title, self._epochs = title, epochs
 
+    def expect(self, epochs: int) -> None:
+        """Set how many epochs will come."""
+        self._epochs = epochs
+        if self._bar is not None:
+            self._bar.update(self._task, total=epochs)
+
     def epoch(self, record: EpochRecord) -> None:
         """Show one finished epoch."""
         state = (

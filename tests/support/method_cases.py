@@ -65,10 +65,9 @@ class OneBatchPerEpoch:
 def run(model, batches, method, **more):
     """Purify with one step in an epoch."""
     settings = {"epochs": len(batches), "lr": LR, "momentum": MOMENTUM, "seed": SEED}
+    settings |= {"precision": "fp32", "device": "cpu", "progress": False}
     return fst_fast.purify(
-        *(model, OneBatchPerEpoch(batches)),
-        **{**settings, "method": method, "precision": "fp32", "device": "cpu", "progress": False},
-        **more,
+        model, OneBatchPerEpoch(batches), **{**settings, "method": method, **more}
     )
 
 
