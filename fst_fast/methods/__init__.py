@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .anp import ANP
 from .base import Batch, Closure, HeadState, Method, Run
 from .clp import CLP
 from .d3 import D3
@@ -20,7 +21,7 @@ from .trigger_unlearning import TriggerUnlearning
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, PAM, TriggerUnlearning)
+    for method in (ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, PAM, TriggerUnlearning)
 }
 
 

@@ -152,6 +152,8 @@ class Run(Protocol):
         classes: of the head.
         memo: for the method's own objects.
         findings: what the method found out about the suspect, as plain values; the result has it.
+        loss_scale: 0-d, the factor that fp16 puts on the loss, else 1: within a step the gradients
+            in the parameters are so many times as large.
 
     Example:
         >>> class FasterHead(fst_fast.methods.Method):
@@ -171,6 +173,9 @@ class Run(Protocol):
     classes: int
     memo: dict[str, Any]
     findings: list[Mapping[str, Any]]
+
+    @property
+    def loss_scale(self) -> Tensor: ...
 
     def average_weights(self, share: float) -> None:
         """Average the weights over this share of the epochs, at the end of the run."""
@@ -199,6 +204,12 @@ class Run(Protocol):
 
         Args:
             model: another one of the same kind, on the same device.
+        """
+
+    def clean_accuracy(self) -> float:
+        """Return the accuracy of the model in 0..1 on the validation images, else on the loader's.
+
+        It waits for the device, which a step must not.
         """
 
     def repeat(self, name: str, work: Callable[[], None], times: int) -> None:

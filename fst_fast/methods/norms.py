@@ -17,7 +17,8 @@ def affine_norms(model: nn.Module, method: str) -> list[_BatchNorm]:
     Raises:
         ValueError: there is none.
     """
-    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    found = [m for m in norms if m.weight is not None and m.bias is not None]
     if not found:
         raise ValueError(
             f"{method}: model must have batch norm with a weight and a bias, got "
@@ -48,7 +49,8 @@ def convolution_norms(
         made[id(output)] = (module, output)
 
     def before_norm(module: Any, given: Any) -> None:
-        if id(given[0]) in made and module.running_var is not None and module.affine:
+        complete = None not in (module.running_var, module.weight, module.bias)
+        if complete and id(given[0]) in made:
             pairs[module] = made[id(given[0])][0]
 
     handles = [

@@ -92,6 +92,7 @@ class Tuner(MethodRun):
         self._queued: list[tuple[Position, int]] = []
         self._replays: Replays | None = None
         self._batches: Batches | None = None
+        self._validate: Callable[[nn.Module], float] | None = None
 
     def begin(self, batches: Batches) -> None:
         """Let the method prepare; its tensors are registered then."""
@@ -114,6 +115,7 @@ class Tuner(MethodRun):
         ``callbacks``, ``keeper``), the host queues one epoch after the other without waiting for
         the device.
         """
+        self._validate = validate
         looks = validate is not None or bool(callbacks) or keeper is not None
         device = self.settings.compute.device
         feed = self._open(batches)

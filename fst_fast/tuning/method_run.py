@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.batches import Batches, check_batch
 from ..data.device_loader import DeviceLoader
+from ..measure.evaluate import measure
 from ..methods import HeadState
 from .averaging import WeightAverage
 from .cuda_graphs import Replays
@@ -56,6 +57,7 @@ class MethodRun:
     findings: list[Mapping[str, Any]]
     _batches: Batches | None
     _replays: Replays | None
+    _validate: Callable[[nn.Module], float] | None
 
     @property
     def head_only(self) -> bool:
@@ -110,6 +112,18 @@ class MethodRun:
         with self.settings.compute.autocast():
             output = model(self.step.place(images))
         return self.step.logits(output)
+
+    @property
+    def loss_scale(self) -> torch.Tensor:
+        return self.step.guard.scale
+
+    def clean_accuracy(self) -> float:
+        if self._validate is not None:
+            return self._validate(self.model)
+        assert self._batches is not None
+        compute = self.settings.compute
+        metrics = measure(self.model, self._batches, compute.device, compute.precision)
+        return metrics[""].clean_accuracy
 
     def repeat(self, name: str, work: Callable[[], None], times: int) -> None:
         assert self._replays is not None
