@@ -14,15 +14,18 @@ from .fst_auto import FSTAuto
 from .ft import FT
 from .ft_init import FTInit
 from .ft_sam import FTSAM
+from .i_bau import IBAU
 from .lp import LP
 from .pam import PAM
+from .sau import SAU
 from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, LP, PAM, TriggerUnlearning)
-}
+_ALL: tuple[type[Method], ...] = (
+    *(ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, SAU),
+    TriggerUnlearning,
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
 # ``purify(alpha="auto")`` runs this method.
