@@ -17,12 +17,13 @@ from .ft_sam import FTSAM
 from .i_bau import IBAU
 from .lp import LP
 from .pam import PAM
+from .rnp import RNP
 from .sau import SAU
 from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
-    *(ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, SAU),
+    *(ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, RNP, SAU),
     TriggerUnlearning,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

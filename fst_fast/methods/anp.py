@@ -53,9 +53,8 @@ class ANP(Method):
         check_numbers(self, noise=(0, math.inf), share=(0, 1), lr=(0, math.inf), most_lost=(0, 1))
 
     def begin(self, run: Run) -> None:
-        masks = run.memo["masks"] = ChannelMasks(affine_norms(run.model, self.name))
-        run.register("masks", masks.mask)
-        run.register("masks.velocity", masks.velocity)
+        run.memo["masks"] = ChannelMasks(affine_norms(run.model, self.name))
+        run.memo["masks"].register(run)
         # The statistics of a batch under noise are not the model's.
         run.memo["statistics"] = KeptTensors(run.model.buffers())
 

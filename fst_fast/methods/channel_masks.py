@@ -34,6 +34,18 @@ class ChannelMasks:
         self.mask = torch.ones_like(self._weight0)
         self.velocity = torch.zeros_like(self._weight0)
 
+    def register(self, run: Run) -> None:
+        """Let a resumed run go on from these masks."""
+        run.register("masks", self.mask)
+        run.register("masks.velocity", self.velocity)
+        run.register("masks.weights", self._weight0)
+        run.register("masks.biases", self._bias0)
+
+    def look_again(self) -> None:
+        """Take the weights and biases as they are now for the original ones."""
+        self._weight0.copy_(_flat(self._weights))
+        self._bias0.copy_(_flat(self._biases))
+
     @torch.no_grad()
     def put(self, weights: Tensor, biases: Tensor | None = None) -> None:
         """Give every channel its original weight times a factor, and its bias; None is 1."""

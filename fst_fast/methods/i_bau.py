@@ -103,7 +103,7 @@ class IBAU(Method):
         found = hypergradient(outer, inner, change, weights, self.iterations)
         run.model.zero_grad(set_to_none=True)
         for weight, gradient in zip(weights, found, strict=True):
-            weight.grad = None if gradient is None else gradient * run.loss_scale
+            weight.grad = gradient * run.loss_scale
         run.model.train()
         return outer.detach(), (logits.argmax(1) == labels).sum()
 
@@ -114,16 +114,16 @@ def hypergradient(
     change: Tensor,
     weights: Sequence[Tensor],
     iterations: int,
-) -> Sequence[Tensor | None]:
+) -> list[Tensor]:
     """Return the gradient of ``outer`` in the weights, along which ``change`` minimises ``inner``.
 
     Args:
         outer, inner: 0-d losses, with their graphs; without ``inner`` the change stands still.
         change: a leaf that both depend on.
-        weights: leaves; None is returned for one that no loss depends on.
+        weights: leaves.
         iterations: of the fixed point.
     """
-    step, *direct = torch.autograd.grad(outer, [change, *weights], allow_unused=True)
+    step, *direct = torch.autograd.grad(outer, [change, *weights], materialize_grads=True)
     if inner is None:
         return direct
     (slope,) = torch.autograd.grad(inner, change, create_graph=True)
@@ -131,8 +131,5 @@ def hypergradient(
     for _ in range(iterations):
         (curved,) = torch.autograd.grad(slope, change, solution, retain_graph=True)
         solution = solution - _FIXED_POINT_LR * curved + step
-    mixed = torch.autograd.grad(slope, weights, solution, allow_unused=True)
-    return [
-        one if other is None or one is None else one - _FIXED_POINT_LR * other
-        for one, other in zip(direct, mixed, strict=True)
-    ]
+    mixed = torch.autograd.grad(slope, weights, solution, materialize_grads=True)
+    return [one - _FIXED_POINT_LR * other for one, other in zip(direct, mixed, strict=True)]
