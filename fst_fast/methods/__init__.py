@@ -6,6 +6,7 @@ from typing import Any
 
 from .anp import ANP
 from .base import Batch, Closure, HeadState, Method, Run
+from .bti_dbf import BTIDBF
 from .clp import CLP
 from .d3 import D3
 from .fe import FE
@@ -23,7 +24,7 @@ from .trigger_unlearning import TriggerUnlearning
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
-    *(ANP, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, RNP, SAU),
+    *(ANP, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, RNP, SAU),
     TriggerUnlearning,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
