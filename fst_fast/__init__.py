@@ -12,6 +12,7 @@ from .data.device_loader import DeviceLoader
 from .measure.evaluate import Metrics, evaluate
 from .methods.criterion import HeadDeviationLoss
 from .methods.projection import attach
+from .tuning.compare import Compared, Comparison, compare
 from .tuning.many import Outcome, purify_many
 from .tuning.purify import purify
 from .tuning.result import HeadShift, PurifyResult
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Augment",
+    "Compared",
+    "Comparison",
     "DeviceLoader",
     "HeadDeviationLoss",
     "HeadShift",
@@ -28,6 +31,7 @@ __all__ = [
     "Outcome",
     "PurifyResult",
     "attach",
+    "compare",
     "evaluate",
     "heads",
     "lab",
