@@ -16,7 +16,7 @@ from .. import checkpoints
 from ..bench import options as bench
 from ..lab.demo import run_demo
 from ..ops import backends
-from . import evaluate, inspect, lab, purify, report, sweep
+from . import compare, evaluate, inspect, lab, purify, report, sweep
 from . import triggers as zoo
 
 
@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser("purify", help="tune a suspect checkpoint on clean images")
     purify.add_arguments(tune)
+
+    compare.add_commands(commands)
 
     measure = commands.add_parser("evaluate", help="clean accuracy; with a trigger, the attack")
     evaluate.add_arguments(measure)

@@ -43,6 +43,8 @@ class ANP(Method):
     """
 
     name: ClassVar[str] = "anp"
+    cost: ClassVar[str] = "3"
+    needs: ClassVar[str] = "batch norm"
 
     noise: float = 0.4
     share: float = 0.2

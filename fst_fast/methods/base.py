@@ -272,6 +272,10 @@ class Method:
     # A method says here if loss() needs logits. The loss below does not: a fused op makes it of
     # features.
     needs_logits: ClassVar[bool] = False
+    # A step takes so many passes of the model forward and backward, in words.
+    cost: ClassVar[str] = "1"
+    # A model must have this, beside a head.
+    needs: ClassVar[str] = ""
 
     project: bool = False
 

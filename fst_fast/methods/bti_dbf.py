@@ -52,6 +52,7 @@ class BTIDBF(Method):
     """
 
     name: ClassVar[str] = "bti_dbf"
+    cost: ClassVar[str] = "1.1, and the searches"
     # Its loss is one of features and logits.
     needs_logits: ClassVar[bool] = True
 

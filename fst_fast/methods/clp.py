@@ -33,6 +33,8 @@ class CLP(Method):
     """
 
     name: ClassVar[str] = "clp"
+    cost: ClassVar[str] = "none"
+    needs: ClassVar[str] = "a convolution that feeds a batch norm"
     # The backbone stands still once it is pruned.
     trains: ClassVar[Literal["all", "backbone", "head"]] = "head"
 

@@ -36,6 +36,7 @@ class FTSAM(Method):
     """
 
     name: ClassVar[str] = "ft_sam"
+    cost: ClassVar[str] = "2"
 
     rho: float = 2.0
     label_smoothing: float = 0.1

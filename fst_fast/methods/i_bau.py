@@ -50,6 +50,7 @@ class IBAU(Method):
     """
 
     name: ClassVar[str] = "i_bau"
+    cost: ClassVar[str] = "about 7"
     # Its gradients are those of gradients, which the fused loss does not have.
     needs_logits: ClassVar[bool] = True
 

@@ -14,4 +14,5 @@ class LP(Method):
     """
 
     name: ClassVar[str] = "lp"
+    cost: ClassVar[str] = "none, of the head alone"
     trains: ClassVar[Literal["all", "backbone", "head"]] = "head"

@@ -50,6 +50,8 @@ class RNP(Method):
     """
 
     name: ClassVar[str] = "rnp"
+    cost: ClassVar[str] = "1"
+    needs: ClassVar[str] = "batch norm"
 
     images: int = 500
     unlearn_lr: float = 0.01

@@ -41,6 +41,7 @@ class SAU(Method):
     """
 
     name: ClassVar[str] = "sau"
+    cost: ClassVar[str] = "about 9"
     # Its loss is one of two batches' logits.
     needs_logits: ClassVar[bool] = True
 
