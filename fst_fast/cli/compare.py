@@ -107,8 +107,8 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _row(name: str) -> dict[str, Any]:
-    kind = methods.METHODS[name]
-    settings = dict(kind().settings())
+    method = methods.get(name)
+    kind, settings = type(method), dict(method.settings())
     del settings["method"]
     factor = kind.epochs_factor
     cost = kind.cost if factor == 1 else f"{kind.cost}, in {factor} x the epochs"

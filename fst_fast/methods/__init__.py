@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .anp import ANP
@@ -16,6 +17,7 @@ from .ft import FT
 from .ft_init import FTInit
 from .ft_sam import FTSAM
 from .i_bau import IBAU
+from .kept import KeptTensors
 from .lp import LP
 from .pam import PAM
 from .rnp import RNP
@@ -30,18 +32,21 @@ _ALL: tuple[type[Method], ...] = (
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
+# Other packages name their methods under this group of entry points.
+GROUP = "fst_fast.methods"
+
 # ``purify(alpha="auto")`` runs this method.
 AUTO = TriggerUnlearning.name
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of all methods, sorted.
+    """Return the names of all methods, sorted, with those of other packages.
 
     Example:
         >>> "fst" in fst_fast.methods.available()
         True
     """
-    return tuple(sorted(METHODS))
+    return tuple(sorted({*METHODS, *_installed()}))
 
 
 def get(name: str, **settings: Any) -> Method:
@@ -52,6 +57,7 @@ def get(name: str, **settings: Any) -> Method:
 
     Raises:
         ValueError: there is no such method, or it does not take one of the settings.
+        RuntimeError: another package's method of this name cannot be loaded.
 
     Example:
         >>> fst_fast.methods.get("fst", alpha=0.1)
@@ -60,9 +66,7 @@ def get(name: str, **settings: Any) -> Method:
     if settings.get("alpha") == "auto":
         del settings["alpha"]
         name = AUTO if name == "fst" else name
-    if name not in METHODS:
-        raise ValueError(f"purify: method must be one of {list(available())}, got {name!r}")
-    kind = METHODS[name]
+    kind = METHODS.get(name) or _load(name)
     unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -71,4 +75,39 @@ def get(name: str, **settings: Any) -> Method:
     return kind(**settings)
 
 
-__all__ = ["METHODS", "Batch", "Closure", "HeadState", "Method", "Run", "available", "get"]
+def _installed() -> dict[str, EntryPoint]:
+    """The methods of other packages by name; none of them is imported."""
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in METHODS}
+
+
+def _load(name: str) -> type[Method]:
+    """Import the method of another package."""
+    entry = _installed().get(name)
+    if entry is None:
+        raise ValueError(f"purify: method must be one of {list(available())}, got {name!r}")
+    try:
+        kind = entry.load()
+    except Exception as error:
+        raise RuntimeError(
+            f"purify: method {name!r} of {entry.value} cannot be loaded: {type(error).__name__}: "
+            f"{error}; mend or uninstall its package"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Method)) or kind.name != name:
+        raise RuntimeError(
+            f"purify: method {name!r} must be a subclass of fst_fast.methods.Method of that name, "
+            f"got {kind!r} from {entry.value}; mend or uninstall its package"
+        )
+    return kind
+
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Closure",
+    "HeadState",
+    "KeptTensors",
+    "Method",
+    "Run",
+    "available",
+    "get",
+]

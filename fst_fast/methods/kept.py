@@ -16,6 +16,14 @@ class KeptTensors:
 
     Args:
         tensors: parameters or buffers of a model.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> before = layer.weight.clone()
+        >>> with fst_fast.methods.KeptTensors(layer.parameters()).unchanged(), torch.no_grad():
+        ...     _ = layer.weight.zero_()
+        >>> torch.equal(layer.weight, before)
+        True
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
