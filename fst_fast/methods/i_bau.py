@@ -33,8 +33,8 @@ class IBAU(Method):
     The defaults are those of the authors' code, whose search is one pass over 2,500 images. They
     step with Adam at 1e-4 in 5 rounds; here the loop's SGD takes its place, and a round is an
     epoch. Our choices: the search draws its batches, both losses of a step are those of its batch
-    (with the change on one image at least), and the model stays in eval mode. A step takes about
-    ``2 * iterations + 5`` passes forward and backward.
+    (with the change on one image at least), and the model stays in eval mode. A step takes
+    about ``iterations + 3`` passes forward and backward.
 
     Args:
         share: of each batch that carries the change.
@@ -50,7 +50,7 @@ class IBAU(Method):
     """
 
     name: ClassVar[str] = "i_bau"
-    cost: ClassVar[str] = "about 7"
+    cost: ClassVar[str] = "about 8"
     # Its gradients are those of gradients, which the fused loss does not have.
     needs_logits: ClassVar[bool] = True
 

@@ -50,7 +50,7 @@ class RNP(Method):
     """
 
     name: ClassVar[str] = "rnp"
-    cost: ClassVar[str] = "1"
+    cost: ClassVar[str] = "0.7"
     needs: ClassVar[str] = "batch norm"
 
     images: int = 500

@@ -1,0 +1,54 @@
+"""What a step costs, as `fst-fast methods` tells it, is what is counted in multiplications."""
+
+import pytest
+import torch
+from purify_cases import quick
+from torch.utils.flop_counter import FlopCounterMode
+
+from fst_fast import methods
+from fst_fast.lab.models import resnet18
+
+# The searches before an epoch, and the choice of a threshold, are not part of a step.
+ALONE = {
+    "anp": {},
+    "i_bau": {"search_steps": 0},
+    "rnp": {"passes": 0},
+}
+# The generator of bti_dbf weighs as much as the small network here.
+APART = ("bti_dbf", "clp", "lp", "trigger_unlearning")
+COUNTED = [name for name in methods.METHODS if name not in APART]
+
+
+def of_a_step(method):
+    """The operations of one step of a residual network."""
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10, width=4)
+    batches = [(torch.rand(16, 3, 16, 16), torch.arange(16) % 10)] * 2
+    counts = []
+    # Whatever the first epoch needs, both runs need.
+    for epochs in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            quick(model, batches, method=method, epochs=epochs)
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / (2 * type(method).epochs_factor)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return of_a_step(methods.get("ft"))
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_step_costs_what_is_said(name, plain, monkeypatch):
+    monkeypatch.setattr(methods.METHODS[name], "finish", lambda self, run: None)
+    said = float(methods.METHODS[name].cost.removeprefix("about ").partition(",")[0])
+    # A quarter of fst_auto's epochs train the head alone: they only pass forward.
+    share = 0.75 + 0.25 / 3 if name == "fst_auto" else 1.0
+    counted = of_a_step(methods.get(name, **ALONE.get(name, {}))) / plain
+    assert counted == pytest.approx(share * said, rel=0.08)
+
+
+@pytest.mark.parametrize("name", ["clp", "lp"])
+def test_no_pass_is_made_for_a_step_of_the_head_alone(name, plain):
+    assert methods.METHODS[name].cost.startswith("none")
+    assert of_a_step(methods.get(name)) < 0.01 * plain
