@@ -58,8 +58,9 @@ class ANP(Method):
         norms = affine_norms(run.model, self.name)
         run.memo["masks"] = ChannelMasks(norms)
         run.memo["masks"].register(run)
-        # The statistics of a batch under noise are not the model's.
-        run.memo["statistics"] = KeptTensors(run.model.buffers())
+        # The statistics of a batch under noise are not the model's either.
+        affine = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        run.memo["kept"] = KeptTensors([*affine, *run.model.buffers()])
         # No other gradient is asked for, which spares a third of each pass.
         run.model.requires_grad_(False)
         for norm in norms:
@@ -67,7 +68,7 @@ class ANP(Method):
 
     def gradients(self, run: Run, batch: Batch, closure: Closure) -> tuple[Tensor, Tensor]:
         masks: ChannelMasks = run.memo["masks"]
-        with run.memo["statistics"].unchanged():
+        with run.memo["kept"].unchanged():
             noises = [self.noise * (2 * torch.rand_like(masks.mask) - 1) for _ in range(2)]
             masks.put(masks.mask + noises[0], 1 + noises[1])
             closure(batch)
@@ -82,7 +83,6 @@ class ANP(Method):
             out = closure(batch)
             natural, _ = masks.gradients(run.loss_scale)
         masks.descend(self.share * natural + (1 - self.share) * robust, self.lr)
-        masks.put_back()
         run.model.zero_grad(set_to_none=True)
         return out
 

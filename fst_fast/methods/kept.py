@@ -43,7 +43,9 @@ class KeptTensors:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Whatever is done to the tensors within is undone."""
+        """Whatever is done to the tensors within is undone, after an error too."""
         self.take()
-        yield
-        self.put_back()
+        try:
+            yield
+        finally:
+            self.put_back()

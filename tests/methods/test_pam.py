@@ -9,6 +9,7 @@ from purify_cases import assert_same_run, make_batches, make_model, quick
 from torch.nn import functional as F
 
 from fst_fast import methods
+from fst_fast.methods.kept import KeptTensors
 from fst_fast.methods.pam import move_towards
 from fst_fast.tuning import step
 
@@ -82,6 +83,19 @@ def test_the_way_is_of_the_length_that_was_asked_for():
         torch.testing.assert_close(weight / weight.max(), end / end.max())
     move_towards(goal, [g.clone() for g in goal], 0.7)
     assert goal[0].tolist() == [1, 1], "who is there stays"
+
+
+def test_an_error_within_leaves_the_tensors_as_they_were():
+    tensors = [torch.ones(3), torch.tensor(2), torch.zeros(2, dtype=torch.float64)]
+
+    def fails():
+        with KeptTensors(tensors).unchanged():
+            torch._foreach_add_(tensors, 1)
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        fails()
+    assert [tensor.flatten()[0].item() for tensor in tensors] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(
