@@ -192,15 +192,13 @@ def compare(
                 generator.set_state(state)
             try:
                 result = purify(model, loader, method=method, alpha=None, resume=place, **settings)
+                row = _row(label, result, measured(result.model), suspect)
             except (ValueError, RuntimeError) as error:
                 row = Compared(label, {}, None, 0, 0.0, str(error))
-            else:
-                row = _row(label, result, measured(result.model), suspect)
-                if (result.stopped or "").startswith("interrupted"):
-                    return Comparison(suspect, (*rows, row))
+            if row.note.startswith("interrupted"):
+                return Comparison(suspect, (*rows, row))
             if place is not None:
-                place.mkdir(parents=True, exist_ok=True)
-                replace_file(place / ROW, dump_json({"asked": wanted, "row": asdict(row)}))
+                _keep(place, wanted, row)
         rows.append(row)
     return Comparison(suspect, tuple(rows))
 
@@ -257,6 +255,12 @@ def _kept(path: Path, wanted: Mapping[str, Any]) -> Compared | None:
     row = found["row"]
     metrics = None if row["metrics"] is None else Metrics(**row["metrics"])
     return Compared(**{**row, "metrics": metrics})
+
+
+def _keep(place: Path, wanted: Mapping[str, Any], row: Compared) -> None:
+    """Write a row for :func:`_kept`."""
+    place.mkdir(parents=True, exist_ok=True)
+    replace_file(place / ROW, dump_json({"asked": wanted, "row": asdict(row)}))
 
 
 def _row(label: str, result: PurifyResult, metrics: Metrics, suspect: Metrics) -> Compared:
