@@ -84,9 +84,10 @@ class MethodRun:
         assert self._batches is not None
         device = self.settings.compute.device
         taken, labels, count = [], [], 0
-        loader = self._batches.loader
-        as_stored = isinstance(loader, DeviceLoader)
-        for batch in loader.without_augmentation(0) if as_stored else self._batches.epoch(0):
+        loader, batches = self._batches.loader, self._batches.epoch(0)
+        if isinstance(loader, DeviceLoader):
+            batches = loader.without_augmentation(0)
+        for batch in batches:
             some, named = check_batch(batch, self._batches.where, device, self.classes)
             most = min(images, most_bytes // (some[0].numel() * 4)) - count
             if most <= 0:
