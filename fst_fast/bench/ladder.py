@@ -102,6 +102,7 @@ def purified(**options: Any) -> Run:
             device=inputs.device,
             progress=False,
             inplace=True,
+            check=False,
             **{**options, **kept},
         )
         names = (*ARRANGED, "graphs")

@@ -109,6 +109,7 @@ def _replayed(inputs: Inputs, case: LoopCase, how: Mapping[str, Any]) -> dict[st
         epochs=max(EPOCHS, case.epochs),
         device=inputs.device,
         progress=False,
+        check=False,
         precision=how["precision"],
         channels_last=how["channels_last"],
         inplace=True,

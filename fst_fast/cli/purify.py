@@ -10,10 +10,8 @@ from typing import Any
 
 from .. import checkpoints, methods
 from ..data import image_sets, normalization
-from ..measure.evaluate import evaluate
 from ..ops import backends
 from ..tuning import profiling
-from ..tuning.arguments import lost_note
 from ..tuning.purify import purify
 from ..tuning.result import PurifyResult
 from . import inputs, report
@@ -45,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--project", action=argparse.BooleanOptionalAction, help="hold the head's norm, or not"
     )
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps-per-epoch", type=int, metavar="N", help="default: all batches")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--augment", choices=("none", "cifar"), default="none")
@@ -82,15 +81,12 @@ def run(options: argparse.Namespace) -> int:
     suspect = report.suspect_for(options, model)
     images = inputs.load_images(options, options.data, model)
     loader = inputs.loader(options, images, shuffle=True)
-    plain = inputs.loader(options, images, shuffle=False)
     validation = None
     if options.validation is not None:
         found = inputs.load_images(options, options.validation, model, "--validation")
         validation = inputs.loader(options, found, shuffle=False)
-    judged = plain if validation is None else validation
-    where = "the tuning images" if validation is None else "the validation images"
-    before = answers(model, judged, options)
-    check(options, model, before, images)
+    # Here the classes have names, and purify's own check need not stop the run again.
+    check(options, model, answers(model, loader.plain(), options), images)
     method, profile = _method(options), None
     if options.profile is not None:
         profile = profiling.of_run(loader, options.epochs * method.epochs_factor, options.profile)
@@ -99,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         loader if profile is None else profile,
         method=method,
         epochs=options.epochs,
+        steps_per_epoch=options.steps_per_epoch,
         lr=options.lr,
         momentum=options.momentum,
         head=options.head,
@@ -112,23 +109,18 @@ def run(options: argparse.Namespace) -> int:
         resume=options.resume,
         progress=not options.quiet,
         inplace=True,
+        check=False,
     )
     if profile is not None:
         profile.save(options.profile)
-    after = evaluate(result.model, judged, device=options.device, precision=options.precision)
     manifest = result.save(
         options.out,
         **facts,
         data={"path": str(options.data), "images": len(images), "classes": list(images.classes)},
+        validation=None if options.validation is None else str(options.validation),
         normalize=options.normalize,
-        clean_accuracy={
-            "before": before.accuracy,
-            "after": after.clean_accuracy,
-            "measured_on": "tuning images" if validation is None else str(options.validation),
-            "warning": lost_note(before.accuracy, after.clean_accuracy, where),
-        },
     )
-    _print_outcome(before.accuracy, after.clean_accuracy, images, where)
+    _print_outcome(result, images, options.quiet)
     _print_findings(result, images)
     print(f"wrote {options.out} (sha256 {manifest['sha256']})")
     if options.report is not None:
@@ -136,15 +128,15 @@ def run(options: argparse.Namespace) -> int:
     return 0 if result.stopped is None else 1
 
 
-def _print_outcome(before: float, after: float, images: image_sets.ImageSet, where: str) -> None:
+def _print_outcome(result: PurifyResult, images: image_sets.ImageSet, quiet: bool) -> None:
     print(f"classes in order: {', '.join(images.classes[:20])}")
     print(
-        f"clean accuracy on {where}: {100 * before:.2f} % before, "
-        f"{100 * after:.2f} % after; attack success not measured (no trigger)"
+        f"clean accuracy on the {result.measured_on}: {100 * result.before:.2f} % before, "
+        f"{100 * result.after:.2f} % after; attack success not measured (no trigger)"
     )
-    note = lost_note(before, after, where)
-    if note is not None:
-        print(f"warning: {note}", file=sys.stderr)
+    # Beside a progress bar purify has said them.
+    for warning in result.warnings if quiet else ():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _print_findings(result: PurifyResult, images: image_sets.ImageSet) -> None:

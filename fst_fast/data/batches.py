@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Batches:
     Attributes:
         adapter: what kind of loader it is.
         first: the first batch.
+        steps: as given.
     Raises:
         ValueError: empty, not iterable, or a one-shot iterator for more than one epoch.
     """
@@ -77,7 +79,7 @@ class Batches:
         self.where = where
         self.note: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3)
         self.adapter: Adapter = adapt(loader, where)
-        self._steps = steps
+        self.steps = steps
         self._joins = self._told = False
         self.adapter.seek(0)
         source = self.adapter.open()
@@ -85,7 +87,7 @@ class Batches:
         # An iterator is its own iter(); a DataLoader, even with persistent workers, is not.
         self._peeked = source if iterator is source else None
         again = self._peeked is not None and (epochs > 1 or steps is not None)
-        one_shot = again and self.adapter.open() is source
+        one_shot = again and not self.repeats
         if one_shot and steps is None:
             raise ValueError(
                 f"{where} must be iterable once per epoch ({epochs} times), got a one-shot "
@@ -99,6 +101,12 @@ class Batches:
                 f"{where} must yield at least one batch, got none; check the dataset's length, "
                 "batch_size and drop_last"
             ) from None
+        length = self.adapter.length()
+        if steps is not None and length is not None and length < steps:
+            raise ValueError(
+                f"{where} must have the {steps} batches of steps_per_epoch, got {length}; leave "
+                "steps_per_epoch out, or give a loader of more batches"
+            )
         self._opened = iterator if at_once else None
         self._goes_on = iterator if one_shot and steps is not None else None
 
@@ -120,6 +128,8 @@ class Batches:
     def sizes(self) -> list[int] | None:
         """Images in each batch of an epoch, where the loader tells; singles joined if asked for."""
         sizes = self.adapter.sizes()
+        if sizes is not None:
+            sizes = sizes[: self.steps]
         if sizes is None or not self._joins:
             return sizes
         joined: list[int] = []
@@ -131,6 +141,20 @@ class Batches:
                 joined.append(size)
         return joined
 
+    def length(self) -> int | None:
+        """Batches of an epoch; None where nobody tells."""
+        return self.adapter.length() if self.steps is None else self.steps
+
+    def images(self) -> int | None:
+        """Images of an epoch; None where nobody tells."""
+        sizes = self.sizes()
+        return None if sizes is None else sum(sizes)
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Return whether the loader can be gone through again, as a one-shot iterator cannot."""
+        return self._peeked is None or self.adapter.open() is not self._peeked
+
     @property
     def draws_ahead(self) -> bool:
         """Return whether random draws are made for batches that were not yet handed out."""
@@ -139,8 +163,8 @@ class Batches:
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of one epoch (0-based), as (images, labels)."""
         found: Iterator[Any] = (pair(batch, self.where) for batch in self._all(epoch))
-        if self._steps is not None:
-            found = itertools.islice(found, self._steps)
+        if self.steps is not None:
+            found = itertools.islice(found, self.steps)
         elif epoch == 0 and self.adapter.length() is None:
             found = self._counted(found)
         if self._joins:

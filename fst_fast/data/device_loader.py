@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -199,6 +200,15 @@ class DeviceLoader:
     def set_epoch(self, epoch: int) -> None:
         """Make the next ``iter()`` produce this epoch (0-based)."""
         self._epoch = epoch
+
+    def plain(self) -> DeviceLoader:
+        """Return a loader of all the same images in their order, as they are, in the same memory.
+
+        Without augmentation; what is poisoned stays so.
+        """
+        out = copy.copy(self)
+        out.augment, out.shuffle, out.drop_last = None, False, False
+        return out
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self._epoch = self._epoch, self._epoch + 1

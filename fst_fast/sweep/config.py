@@ -185,6 +185,7 @@ class Config(_Keys):
     threads: int | None = _whole(1)
     device: str | None = _text()
     weights: bool = Field(True, description="true or false")
+    force: bool = Field(False, description="true or false")
     results: Annotated[str, one_of("csv", "parquet")] = "csv"
 
     @model_validator(mode="before")

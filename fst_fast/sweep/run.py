@@ -126,7 +126,8 @@ class Sweep(Grid):
         self._judged = self._loader(judged.images, judged.labels, shuffle=False)
         self._measured_on = "tuning images" if test is None else "test images"
         chosen = {name: getattr(config, name) for name in ("epochs", "lr", "momentum")}
-        self.settings = {**chosen, "device": device, **self.plan["computed"]}
+        computed = {**self.plan["computed"], "device": device}
+        self.settings = {**chosen, **computed, "check": not config.force}
 
     def _loader(self, images: Tensor, labels: Tensor, **more: Any) -> DeviceLoader:
         return DeviceLoader(

@@ -93,6 +93,8 @@ class EvidenceTable(Grid):
             "device": self.device,
             "precision": self.precision,
             "threads": self.threads if self.device.type == "cpu" else None,
+            # Whatever a suspect of the lab answers, the labels are its own.
+            "check": False,
         }
         self._known: dict[str, Suspect] = {}
         self._controls: dict[str, Row] = {}

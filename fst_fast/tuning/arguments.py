@@ -85,8 +85,8 @@ def plain_numbers(
 
 
 def plain_optional(
-    alpha: object, threads: object, resume: object, where: str = "purify"
-) -> tuple[float | str | None, int | None, Path | None]:
+    alpha: object, threads: object, resume: object, steps: object = None, where: str = "purify"
+) -> tuple[float | str | None, int | None, Path | None, int | None]:
     """Arguments that may be None, as Python's own; raises ValueError for another type."""
     if not (alpha is None or isinstance(alpha, str)):
         alpha = float(arguments.number(where, "alpha", alpha, 'a finite number, "auto" or None'))
@@ -96,7 +96,9 @@ def plain_optional(
             raise ValueError(f"{where}: threads must be an integer >= 1 or None, got {given!r}")
     if not (resume is None or isinstance(resume, str | os.PathLike)):
         raise ValueError(f"{where}: resume must be the path of a folder or None, got {resume!r}")
-    return alpha, threads, None if resume is None else Path(resume)
+    if steps is not None:
+        steps = arguments.whole(where, "steps_per_epoch", steps, 1)
+    return alpha, threads, None if resume is None else Path(resume), steps
 
 
 def check_choices(graphs: object, backend: object, where: str = "purify") -> None:

@@ -220,7 +220,7 @@ def cache_features(
     loader = batches.loader
     order = None
     if isinstance(feed, ResidentFeed) and isinstance(loader, DeviceLoader):
-        if loader.augment is not None or sum(loader.batch_sizes()) < len(loader.images):
+        if loader.augment is not None or (batches.images() or 0) < len(loader.images):
             return feed
         order = functools.partial(_order_of, loader)
     elif not batches.adapter.fixed:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches, check_batch
-from ..data.prefetch import HostLoader
 from ..heads.tap import FeatureTap
 from ..methods import Method, Run
 from .averaging import WeightAverage, fresh_statistics
@@ -194,7 +193,7 @@ class Tuner(MethodRun):
             self.settings.compute.device,
             refused,
             # A thread of its own goes on drawing crops and orders.
-            watches_draws=not isinstance(batches.loader, HostLoader),
+            watches_draws=not batches.adapter.draws_ahead,
         )
 
     def _begin(self, epoch: int) -> float:

@@ -73,11 +73,11 @@ def purify_many(
             or ``each`` of another length.
 
     Example:
-        >>> def network():
-        ...     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> batches = [(images, model(images).argmax(1))]
         >>> outcomes = fst_fast.purify_many(
-        ...     [network(), network()], batches, alpha=0.1, epochs=1, progress=False
+        ...     [model, model], batches, alpha=0.1, epochs=1, progress=False
         ... )
         >>> [outcome.error for outcome in outcomes]
         [None, None]

@@ -39,6 +39,7 @@ class Plan:
     resume: str | Path | None
     batches: Batches
     validation: Batches | None
+    check: bool
 
 
 def check_fit(model: nn.Module, plan: Plan, head: nn.Module | str | None) -> str:
@@ -55,6 +56,16 @@ def check_fit(model: nn.Module, plan: Plan, head: nn.Module | str | None) -> str
     if (sizes is None or 1 in sizes) and needs_two_images(model, images):
         batches.join_singles()
     return name
+
+
+def check_resumable(plan: Plan) -> None:
+    """Refuse to keep a run whose loader cannot be led to the same place again."""
+    if plan.resume is not None and not plan.batches.repeats:
+        raise ValueError(
+            "purify: resume must come with a loader that can be gone through again, got a one-shot "
+            f"{type(plan.batches.loader).__name__}; pass a DataLoader, a list of batches, or a "
+            "function that returns a fresh iterator"
+        )
 
 
 def recording_for(graphs: bool | int | str, place: torch.device) -> Recording:

@@ -5,24 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..data.batches import (
-    Batches,
-    Loader,
-    resolve_device,
-    resolve_precision,
-)
-from ..heads.contexts import (
-    deterministic_algorithms,
-    on_device,
-    seeded,
-    tuning,
-)
-from ..heads.find import unwrap
+from ..data.batches import Batches, Loader, resolve_device, resolve_precision
+from ..heads.contexts import deterministic_algorithms, on_device, seeded, tuning
+from ..heads.find import head_matrix, unwrap
 from ..heads.tap import tap_features
 from ..measure.evaluate import measure
 from ..methods import Method
@@ -40,8 +31,9 @@ from .arguments import (
     plain_optional,
 )
 from .autotune import arrange, threads_of
+from .clean_accuracy import CleanAccuracy, Judge
 from .loop import Callback, Tuner
-from .plan import Plan, check_fit, choose_method, recording_for
+from .plan import Plan, check_fit, check_resumable, choose_method, recording_for
 from .progress import ProgressReport
 from .result import HeadShift, PurifyResult
 from .resume import arrangement_of, fingerprint, follow_in
@@ -55,6 +47,7 @@ def purify(
     method: str | Method = "fst",
     alpha: float | str | None = "auto",
     epochs: int = 10,
+    steps_per_epoch: int | None = None,
     lr: float = 0.01,
     momentum: float = 0.9,
     head: nn.Module | str | None = None,
@@ -72,6 +65,7 @@ def purify(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     inplace: bool = False,
+    check: bool = True,
 ) -> PurifyResult:
     """Tune a suspect classifier on clean images so that its backdoor goes.
 
@@ -88,7 +82,9 @@ def purify(
             through.
         loader: clean (images [B, C, H, W] float, labels [B] integer), normalised as in training:
             a DataLoader, a list of batches, a DeviceLoader, or a function that returns a fresh
-            iterator for each epoch.
+            iterator for each epoch. The suspect and the tuned model are measured on it as well
+            (see ``validation``): on a DeviceLoader's images without augmentation, and on the first
+            batch alone of what tells no length.
         method: a name in fst_fast.methods.METHODS, or a :class:`~fst_fast.methods.Method`.
         alpha: weight of FST's inner product, which runs FST as published (0.2 is the paper's for
             CIFAR-10); what it does grows with lr and steps. "auto" searches triggers on the model
@@ -96,11 +92,14 @@ def purify(
             :class:`~fst_fast.methods.trigger_unlearning.TriggerUnlearning`. None takes the
             method's own; so does "auto" where the method is not "fst".
         epochs: passes over the loader; FST with ``alpha="auto"`` makes four times as many.
+        steps_per_epoch: batches of an epoch, for a loader without an end: of an iterator the next
+            ones, else the first ones. None takes all.
         lr: learning rate of the first epoch.
         momentum: of SGD, in [0, 1).
         head: the classification layer or its qualified name, where it cannot be found with
             certainty.
-        validation: clean batches for the accuracy in the history; None uses the tuning batches.
+        validation: clean batches for the accuracy in the history, and before and after the run;
+            None uses the tuning batches, which flatters the tuned model.
         device: None takes the model's GPU, else any GPU, else the CPU.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has instructions for
             it, else fp16 on a GPU and fp32 on a CPU. On a CPU a run of 40 steps or more begins with
@@ -129,37 +128,43 @@ def purify(
         callbacks: each is called as ``callback(record, model)`` after every epoch; one that
             returns True ends the run.
         inplace: tune the given model instead of a copy.
+        check: refuse, before the first step, tuning labels that the suspect's answers show not to
+            be its own; False goes on, and the result's warnings say so.
     Returns:
-        A :class:`PurifyResult`. After Ctrl-C, or a loss that is not finite, it holds the last
-        good weights and says so in ``stopped``.
+        A :class:`PurifyResult`, with the clean accuracy before and after, and a warning where more
+        than three points of it were lost. After Ctrl-C, or a loss that is not finite, it holds the
+        last good weights and says so in ``stopped``.
     Raises:
         ValueError: an argument or a batch is not as described; the message says what to do.
         RuntimeError: ``backend`` is not available here.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> batches = [(images, model(images).argmax(1))]
         >>> result = fst_fast.purify(model, batches, alpha=0.1, epochs=2, progress=False)
-        >>> len(result.history)
-        2
+        >>> len(result.history), result.before
+        (2, 1.0)
     """
     check_one_process()
     check_model(unwrap(model) if isinstance(model, nn.Module) else model)
     check_head(head)
     check_choices(graphs, backend)
-    check_flags(progress=progress, inplace=inplace, deterministic=deterministic, compile=compile)
+    check_flags(progress=progress, inplace=inplace, deterministic=deterministic)
+    check_flags(compile=compile, check=check)
     callbacks = check_callbacks(callbacks)
     epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
-    alpha, threads, resume = plain_optional(alpha, threads, resume)
+    alpha, threads, resume, steps = plain_optional(alpha, threads, resume, steps_per_epoch)
     chosen = choose_method(method, alpha)
     place = resolve_device(device, model)
     compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
     backends.choose("head_step_", place, backend)
     resolve_precision(precision, place)
     with on_device(place):
+        epochs *= chosen.epochs_factor
         plan = Plan(
             method=chosen,
-            epochs=epochs * chosen.epochs_factor,
+            epochs=epochs,
             lr=lr,
             momentum=momentum,
             compute=compute,
@@ -167,31 +172,56 @@ def purify(
             recording=recording_for(graphs, place),
             seed=seed,
             resume=resume,
-            batches=Batches(loader, epochs * chosen.epochs_factor, "purify: loader"),
+            batches=Batches(loader, epochs, "purify: loader", steps=steps),
             validation=None
             if validation is None
-            else Batches(validation, epochs * chosen.epochs_factor, "purify: validation"),
+            # It is gone through before and after the run as well.
+            else Batches(validation, epochs + 2, "purify: validation"),
+            check=check,
         )
+        check_resumable(plan)
         plain = unwrap(model)
         name = check_fit(plain, plan, head)
-        # This runs before anything is changed, perhaps in place.
-        asked = {"head": name, "seed": seed}
-        if resume is not None:
-            asked["model"] = fingerprint(plain)
         tuned = plain if inplace else copy.deepcopy(plain)
-        started = time.perf_counter()
-        with (
-            tuning(tuned, place),
-            deterministic_algorithms(deterministic),
-            ProgressReport(chosen.name, plan.epochs, progress) as report,
-        ):
-            _tell(report, plan, tuned)
-            tuner = _prepare(tuned, name, plan, report)
+        with ProgressReport(chosen.name, epochs, progress) as report:
+            result = _purified(tuned, name, plan, report, callbacks)
+    return replace(result, model=model) if inplace else result
+
+
+def _purified(
+    tuned: nn.Module,
+    name: str,
+    plan: Plan,
+    report: ProgressReport,
+    callbacks: Sequence[Callback],
+) -> PurifyResult:
+    """Tune the model in place, between two looks at what it is right on."""
+    started = time.perf_counter()
+    with tuning(tuned, plan.compute.device), deterministic_algorithms(plan.deterministic):
+        _tell(report, plan, tuned)
+        asked = _asked(tuned, name, plan)
+        compute = _arranged(tuned, plan)
+        with threads_of(compute.threads):
+            judge = Judge(plan.batches, plan.validation, compute, plan.seed)
+            classes = len(head_matrix(tuned.get_submodule(name)))
+            report.note(f"purify: {judge.look_at(tuned, classes, plan.check)}")
+            tuner = _prepare(tuned, name, plan, compute, report)
             _run(tuner, asked, plan, report, callbacks)
-            # Behind this block the model goes back to its own device, and the original head stays.
-            shift = _shift(tuner)
-        seconds = time.perf_counter() - started
-        return _result(model if inplace else tuned, tuner, shift, name, plan, seconds)
+            accuracy = judge.compare(tuned)
+        # Behind this block the model goes back to its own device, and the original head stays.
+        shift = _shift(tuner)
+    for warning in accuracy.warnings:
+        report.note(f"purify: warning: {warning}")
+    seconds = time.perf_counter() - started
+    return _result(tuned, tuner, shift, accuracy, name, plan, seconds)
+
+
+def _asked(model: nn.Module, name: str, plan: Plan) -> dict[str, object]:
+    """Return what two runs must agree in for one to go on with the other, beside settings."""
+    if plan.resume is None:
+        return {}
+    batches = {"batches": plan.batches.length(), "images": plan.batches.images()}
+    return {"head": name, "seed": plan.seed, "model": fingerprint(model), **batches}
 
 
 def _tell(report: ProgressReport, plan: Plan, model: nn.Module) -> None:
@@ -202,18 +232,28 @@ def _tell(report: ProgressReport, plan: Plan, model: nn.Module) -> None:
         report.note(f"purify: {note}")
 
 
-def _prepare(tuned: nn.Module, name: str, plan: Plan, report: ProgressReport) -> Tuner:
-    """Settle how the steps are computed; returns the run, its head re-initialised if so."""
+def _arranged(tuned: nn.Module, plan: Plan) -> ComputeSettings:
+    """Settle how the steps are computed, and lay the model out for it."""
     images, labels = plan.batches.first[:2]
     kept = None if plan.resume is None else arrangement_of(plan.resume)
     if kept is None:
         trains = plan.method.trains != "head"
         # A trial is for runs that are long enough; and what it takes is up to the clock.
-        steps = 0 if plan.deterministic else _steps(plan.batches.loader, plan.epochs)
+        length = plan.batches.length()
+        steps = None if length is None else plan.epochs * length
+        steps = 0 if plan.deterministic else steps
         compute = arrange(tuned, images, labels, plan.compute, steps=steps, trains=trains)
     else:
         compute = plan.compute.arranged(kept)
     compute.lay_out(tuned)
+    return compute
+
+
+def _prepare(
+    tuned: nn.Module, name: str, plan: Plan, compute: ComputeSettings, report: ProgressReport
+) -> Tuner:
+    """Return the run, its head re-initialised if the method says so."""
+    images = plan.batches.first[0]
     settings = LoopSettings(plan.epochs, plan.lr, plan.momentum, compute)
     module = tuned.get_submodule(name)
     tap = tap_features(tuned, module, images, train=compute.compile)
@@ -236,11 +276,11 @@ def _run(
 ) -> None:
     compute = tuner.settings.compute
     validate = _validator(plan.validation, compute)
-    with seeded(plan.seed, compute.device), threads_of(compute.threads):
+    with seeded(plan.seed, compute.device):
         tuner.begin(plan.batches)
         keeper = None
         if plan.resume is not None:
-            keeper = follow_in(plan.resume, tuner, asked, plan.batches.loader, report)
+            keeper = follow_in(plan.resume, tuner, asked, plan.batches, report)
         tuner.run(plan.batches, report, validate, callbacks, keeper)
     if tuner.stopped is not None:
         report.note(f"purify: {tuner.stopped}")
@@ -253,7 +293,13 @@ def _shift(tuner: Tuner) -> HeadShift:
 
 
 def _result(
-    model: nn.Module, tuner: Tuner, shift: HeadShift, name: str, plan: Plan, seconds: float
+    model: nn.Module,
+    tuner: Tuner,
+    shift: HeadShift,
+    accuracy: CleanAccuracy,
+    name: str,
+    plan: Plan,
+    seconds: float,
 ) -> PurifyResult:
     return PurifyResult(
         model=model,
@@ -266,11 +312,16 @@ def _result(
             "graphs": tuner.longest_graph or False,
             "head": name,
             "seed": plan.seed,
+            "steps_per_epoch": plan.batches.steps,
             "validation": plan.validation is not None,
         },
         head_shift=shift,
         findings=tuple(tuner.findings),
         stopped=tuner.stopped,
+        before=accuracy.before,
+        after=accuracy.after,
+        measured_on=accuracy.measured_on,
+        warnings=accuracy.warnings,
     )
 
 
@@ -284,11 +335,3 @@ def _validator(
         return measure(model, judged, compute.device, compute.precision)[""].clean_accuracy
 
     return validate
-
-
-def _steps(loader: Loader, epochs: int) -> int | None:
-    """Return the steps of the whole run; None where the loader does not tell its length."""
-    try:
-        return epochs * len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

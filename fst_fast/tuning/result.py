@@ -62,10 +62,18 @@ class PurifyResult:
         findings: what the method found out about the suspect; of the default, the triggers that
             were searched on it: their form, target class, size, and success in 0..1 before and
             after tuning. Nothing found does not make a model clean.
+        before: the suspect's clean accuracy, in 0..1.
+        after: the tuned model's, on the same images.
+        measured_on: which these were: "validation images" where ``validation`` was given, else
+            "tuning images" (or the first batch of them, where the loader tells no length), on which
+            a tuned model looks better than on new ones.
+        warnings: more than three points of clean accuracy were lost, or the labels do not seem to
+            be the suspect's.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-        >>> batches = [(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> images = torch.rand(4, 3, 2, 2)
+        >>> batches = [(images, model(images).argmax(1))]
         >>> result = fst_fast.purify(model, batches, epochs=1, alpha=0.1, progress=False)
         >>> result.settings["alpha"], result.stopped
         (0.1, None)
@@ -77,6 +85,10 @@ class PurifyResult:
     settings: Mapping[str, object]
     head_shift: HeadShift
     stopped: str | None
+    before: float
+    after: float
+    measured_on: str
+    warnings: tuple[str, ...] = ()
     findings: tuple[Mapping[str, Any], ...] = ()
 
     def save(self, path: str | Path, **facts: object) -> dict[str, object]:
@@ -151,6 +163,12 @@ class PurifyResult:
             "seconds": self.seconds,
             "stopped": self.stopped,
             "findings": [dict(found) for found in self.findings],
+            "clean_accuracy": {
+                "before": self.before,
+                "after": self.after,
+                "measured_on": self.measured_on,
+            },
+            "warnings": list(self.warnings),
             "attack_success": "not measured",
             **facts,
         }

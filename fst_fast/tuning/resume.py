@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.atomic_files import TEMPORARIES, replace_file
-from ..data.prefetch import HostLoader
+from ..data.batches import Batches
 from .loop import Tuner
 from .method_run import Position
 from .progress import EpochRecord, ProgressReport
@@ -38,14 +38,14 @@ class RunFolder:
     Args:
         folder: made if it is not there.
         asked: what a run must agree in to be gone on with: settings, seed, the suspect's weights.
-        loader: the tuning loader.
+        batches: of the tuning loader.
         device: whose random numbers the run draws.
     Raises:
         ValueError: ``folder`` is a file.
     """
 
     def __init__(
-        self, folder: str | Path, asked: Mapping[str, Any], loader: object, device: torch.device
+        self, folder: str | Path, asked: Mapping[str, Any], batches: Batches, device: torch.device
     ) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
@@ -58,9 +58,8 @@ class RunFolder:
         for left in self.folder.glob(TEMPORARIES):
             left.unlink()
         self.asked = json.loads(json.dumps(dict(asked), sort_keys=True, default=str))
-        self._generators, self._device = generators_of(loader), device
-        # Its thread has drawn for batches that are still to come.
-        self._draws_ahead = isinstance(loader, HostLoader)
+        self._generators, self._device = generators_of(batches.loader), device
+        self._draws_ahead = batches.draws_ahead
         self._start: _Draws | None = None
         self._catch_up: Callable[[], None] = lambda: None
 
@@ -103,7 +102,11 @@ class RunFolder:
         tensors, facts = _read(path)
         if facts["asked"] != self.asked:
             before = facts["asked"]
-            apart = sorted(k for k in {*before, *self.asked} if before.get(k) != self.asked.get(k))
+            apart = [
+                f"{key} ({_short(before.get(key))} there, {_short(self.asked.get(key))} here)"
+                for key in sorted({*before, *self.asked})
+                if before.get(key) != self.asked.get(key)
+            ]
             raise ValueError(
                 f"purify: resume must name the folder of the same run, but {path} differs in "
                 f"{', '.join(apart)}; give this run a folder of its own"
@@ -134,18 +137,23 @@ def follow_in(
     folder: str | Path,
     tuner: Tuner,
     asked: Mapping[str, Any],
-    loader: object,
+    batches: Batches,
     report: ProgressReport,
 ) -> RunFolder:
     """Take up the run that the folder holds, if any; returns the folder, which keeps it."""
     asked = {**asked, **tuner.method.settings(), **tuner.settings.plain()}
-    run = RunFolder(folder, asked, loader, tuner.settings.compute.device)
+    run = RunFolder(folder, asked, batches, tuner.settings.compute.device)
     if run.restore(tuner):
         where = f"behind epoch {tuner.position.epoch} of {tuner.epochs}"
         if tuner.position.within:
             where += f", step {tuner.position.step} of the next"
         report.note(f"purify: goes on {where}")
     return run
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:8]}..."
 
 
 def arrangement_of(folder: str | Path) -> dict[str, Any] | None:

@@ -53,6 +53,7 @@ def test_the_plain_loop_is_purify():
         precision="fp32",
         channels_last=False,
         progress=False,
+        check=False,
     ).model
     there, here, start = (
         nn.utils.parameters_to_vector(m.parameters()).double()

@@ -253,4 +253,4 @@ def test_a_ruined_model_is_said_to_be_ruined(suspect, capsys):
     assert "warning: the model lost" in told.err
     assert "on the tuning images" in told.err
     manifest = json.loads((suspect / "out.json").read_text())
-    assert "points of clean accuracy" in manifest["clean_accuracy"]["warning"]
+    assert "points of clean accuracy" in manifest["warnings"][0]

@@ -128,7 +128,7 @@ def test_auto_is_a_method_of_its_own_and_says_so():
 
 
 def test_auto_is_the_default_of_fst_alone():
-    arguments = {"epochs": 1, "progress": False, "device": "cpu"}
+    arguments = {"epochs": 1, "progress": False, "device": "cpu", "check": False}
     result = fst_fast.purify(make_model(), make_batches(), **arguments)
     assert result.settings["method"] == "trigger_unlearning"
     for method in ("ft", methods.get("fst", alpha=0.1)):

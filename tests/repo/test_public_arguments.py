@@ -43,9 +43,18 @@ PURIFY = {
     "loader": lambda: BATCHES,
     **dict.fromkeys(("method", "alpha", "epochs", "lr", "momentum", "head", "validation")),
     **dict.fromkeys(("device", "precision", "threads", "graphs", "deterministic", "backend")),
-    **dict.fromkeys(("seed", "resume", "progress", "callbacks", "inplace")),
+    **dict.fromkeys(
+        ("steps_per_epoch", "check", "seed", "resume", "progress", "callbacks", "inplace")
+    ),
 }
-QUICK = {"epochs": 1, "progress": False, "device": "cpu", "precision": "fp32", "method": "ft"}
+QUICK = {
+    "epochs": 1,
+    "progress": False,
+    "device": "cpu",
+    "precision": "fp32",
+    "method": "ft",
+    "check": False,
+}
 
 
 def purify(**given):

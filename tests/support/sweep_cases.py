@@ -69,6 +69,8 @@ def write_sweep(folder, checkpoints=2, **changes):
         "epochs": 2,
         "device": "cpu",
         "threads": 1,
+        # The suspects were never trained.
+        "force": True,
     }
     config = {k: v for k, v in {**config, **changes}.items() if v is not None}
     path = folder / "sweep.yaml"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fst_fast
 from fst_fast.lab.models import resnet8
 
-QUICK = {"epochs": 2, "progress": False, "device": "cpu", "precision": "fp32"}
+QUICK = {"epochs": 2, "progress": False, "device": "cpu", "precision": "fp32", "check": False}
 
 
 def models(count=3):

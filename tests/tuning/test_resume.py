@@ -143,11 +143,11 @@ def test_seconds_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "seed"),
-        ({"lr": 0.02}, "lr"),
-        ({"epochs": 3}, "epochs"),
-        ({"alpha": 0.3}, "alpha"),
-        ({"method": "ft"}, "alpha, method, project"),
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"lr": 0.02}, r"lr \(0.01 there, 0.02 here\)"),
+        ({"epochs": 3}, r"epochs \(2 there, 3 here\)"),
+        ({"alpha": 0.3}, r"alpha \(0.1 there, 0.3 here\)"),
+        ({"method": "ft"}, r"alpha .*, method \(fst there, ft here\), project .*"),
     ],
 )
 def test_another_run_is_refused(tmp_path, change, named):
@@ -169,7 +169,10 @@ def test_another_suspect_is_refused(tmp_path):
     other = make_model()
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1e-6
-    with pytest.raises(ValueError, match=r"differs in model; give this run a folder of its own"):
+    with pytest.raises(
+        ValueError,
+        match=r"differs in model \(.{8}\.\.\. there, .* here\); give this run a folder of its own",
+    ):
         quick(other, make_batches(), resume=tmp_path)
 
 

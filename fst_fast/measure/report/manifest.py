@@ -34,7 +34,8 @@ class Manifest:
         seconds: of the run, or None.
         stopped: None for a whole run, else why it ended early.
         classes: names of the classes in order, or empty.
-        accuracy: (before, after, on what) as the command line measured it, or None.
+        accuracy: (before, after, on what) as the run measured it, or None.
+        warnings: what the run warned of.
     """
 
     raw: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Manifest:
     stopped: str | None
     classes: tuple[str, ...]
     accuracy: tuple[float, float, str] | None
+    warnings: tuple[str, ...] = ()
 
 
 def parse(raw: Any) -> Manifest:
@@ -69,6 +71,7 @@ def parse(raw: Any) -> Manifest:
         stopped=None if stopped is None else str(stopped),
         classes=_classes(raw.get("data")),
         accuracy=_accuracy(raw.get("clean_accuracy")),
+        warnings=_warnings(raw.get("warnings", [])),
     )
 
 
@@ -99,6 +102,12 @@ def _accuracy(found: Any) -> tuple[float, float, str] | None:
     if before is None or after is None:
         return None
     return before, after, str(found.get("measured_on"))
+
+
+def _warnings(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise _wrong("hold a list of texts as warnings", found)
+    return tuple(found)
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
