@@ -26,7 +26,7 @@ from .criterion_check import (
     checked_smoothing,
     is_recorded,
 )
-from .probabilities import are_probabilities, log_probabilities
+from .probabilities import are_probabilities, lie_in_unit, log_probabilities
 
 
 class HeadDeviationLoss(nn.Module):
@@ -186,7 +186,8 @@ class HeadDeviationLoss(nn.Module):
         """The same loss for code that has the logits only; plain PyTorch, no second product.
 
         A model that ends in a softmax is seen in the first batch of several images, which waits
-        for the device once: its probabilities are then taken back to logits, with a warning.
+        for the device once: its probabilities are then taken back to logits, with a warning. What
+        may have been through a sigmoid is warned of, and taken as it is.
         (Compiled code is not looked at; call this once before.)
 
         Args:
@@ -223,6 +224,13 @@ class HeadDeviationLoss(nn.Module):
                 warnings.warn(
                     f"{NAME}: the model ends in a softmax: its logarithm is taken for the logits, "
                     "as the cross-entropy of probabilities is another loss",
+                    stacklevel=3,
+                )
+            elif lie_in_unit(logits):
+                warnings.warn(
+                    f"{NAME}: all outputs lie in 0..1, as behind a sigmoid, of which the "
+                    "cross-entropy is another loss than of logits; if so, pass "
+                    "torch.logit(model(images), 1e-6)",
                     stacklevel=3,
                 )
         return log_probabilities(logits) if self._probabilities else logits

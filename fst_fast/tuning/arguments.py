@@ -16,7 +16,7 @@ from ..data import arguments
 from ..data.batches import Batches, check_batch
 from ..heads.contexts import evaluating
 from ..heads.output import logits_of
-from ..methods.probabilities import are_probabilities
+from ..methods.probabilities import are_probabilities, are_sigmoids
 from ..triggers.plain_numbers import whole_number
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -187,17 +187,25 @@ def check_adapter(model: nn.Module, head: str, where: str = "purify") -> None:
         )
 
 
-def ends_in_softmax(model: nn.Module, images: Tensor) -> bool:
-    """Return whether the model returns probabilities, by what it makes of a few images.
+def ending_of(model: nn.Module, head: nn.Module, images: Tensor) -> str | None:
+    """Return the name in ENDINGS of what follows the head, by what the model makes of few images.
 
-    A log-softmax is none: cross-entropy of it is that of the logits.
+    A log-softmax is none of them: cross-entropy of it is that of the logits.
 
     Args:
         images: [B, C, H, W], two or more; they are moved to the model.
     """
+    seen: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, given, output: seen.append(output))
     own = next(model.parameters())
-    with evaluating(model, own.device), torch.no_grad():
-        return are_probabilities(logits_of(model(images[:8].to(own.device, own.dtype))))
+    try:
+        with evaluating(model, own.device), torch.no_grad():
+            outputs = logits_of(model(images[:8].to(own.device, own.dtype)))
+    finally:
+        handle.remove()
+    if are_probabilities(outputs):
+        return "softmax"
+    return "sigmoid" if seen and are_sigmoids(outputs, seen[-1]) else None
 
 
 def needs_two_images(model: nn.Module, images: Tensor) -> bool:

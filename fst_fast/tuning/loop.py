@@ -49,7 +49,7 @@ class Tuner(MethodRun):
 
     Args:
         recording: whether and how steps are recorded, to be replayed.
-        probabilities: the model ends in a softmax.
+        ending: the name in ENDINGS of what follows the head, whose loss would be another one.
     Attributes:
         state: all tensors of the run.
         position: where the run stands.
@@ -64,7 +64,7 @@ class Tuner(MethodRun):
         settings: LoopSettings,
         tap: FeatureTap | None,
         recording: Recording,
-        probabilities: bool = False,
+        ending: str | None = None,
     ) -> None:
         self.model, self.method, self.settings = model, method, settings
         self.epochs, self.head_lr, self.head_only_until = settings.epochs, 1.0, 0
@@ -76,7 +76,7 @@ class Tuner(MethodRun):
             *(model, head, method, settings, tap, self.state),
             gradients=lambda batch, closure: method.gradients(view, batch, closure),
             after=lambda: method.after_step(view),
-            probabilities=probabilities,
+            ending=ending,
         )
         self.head, self.guard = self.step.head, self.step.guard
         self.average: WeightAverage | None = None

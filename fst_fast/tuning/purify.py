@@ -25,7 +25,7 @@ from .arguments import (
     check_head,
     check_model,
     check_one_process,
-    ends_in_softmax,
+    ending_of,
     frozen_note,
     plain_numbers,
     plain_optional,
@@ -257,11 +257,10 @@ def _prepare(
     settings = LoopSettings(plan.epochs, plan.lr, plan.momentum, compute)
     module = tuned.get_submodule(name)
     tap = tap_features(tuned, module, images, train=compute.compile)
-    # A softmax may follow the head: the cross-entropy of its output would be another loss.
-    probabilities = tap is None and ends_in_softmax(tuned, images)
-    if probabilities:
-        report.note("purify: the model ends in a softmax; its loss is taken of the logits before")
-    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording, probabilities)
+    ending = ending_of(tuned, module, images) if tap is None else None
+    if ending is not None:
+        report.note(f"purify: the model ends in a {ending}; its loss is taken of the logits before")
+    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording, ending)
     if plan.method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(plan.seed))
     return tuner

@@ -12,7 +12,7 @@ from ..data.batches import AUTOCAST
 from ..heads.output import logits_of
 from ..heads.tap import FeatureTap
 from ..methods import Batch, Closure, HeadState, Method
-from ..methods.probabilities import log_probabilities
+from ..methods.probabilities import ENDINGS
 from ..ops import head_deviation_loss
 from .batch_source import Feed
 from .nonfinite import Guard
@@ -42,7 +42,7 @@ class Step:
         state: gets all tensors of the step.
         gradients: the method's way to the gradients of a batch.
         after: what the method does behind the update.
-        probabilities: the model ends in a softmax, which its loss must not be taken of.
+        ending: the name in ENDINGS of what follows the head; the loss is of what comes before.
     Attributes:
         head_only: train the head alone, as some methods do in their first epochs.
         parts: into how many parts a batch is split, to take less memory.
@@ -60,9 +60,10 @@ class Step:
         state: RunState,
         gradients: Gradients,
         after: Callable[[], None],
-        probabilities: bool = False,
+        ending: str | None = None,
     ) -> None:
-        self.model, self.method, self.probabilities = model, method, probabilities
+        self.model, self.method = model, method
+        self._undo_ending = None if ending is None else ENDINGS[ending]
         self.compute, self.momentum = settings.compute, settings.momentum
         self._method_gradients, self._after = gradients, after
         self.head = HeadState(head)
@@ -192,7 +193,7 @@ class Step:
         """Return the logits [B, K] of what the model returned, in float32 at least."""
         logits = logits_of(output).flatten(1)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        return log_probabilities(logits) if self.probabilities else logits
+        return logits if self._undo_ending is None else self._undo_ending(logits)
 
     def _fused_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         head = self.head

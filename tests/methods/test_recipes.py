@@ -188,6 +188,21 @@ def test_a_model_that_ends_in_log_softmax_is_left_as_it_is(purified):
     assert difference(model.state_dict(), purified) <= 1e-5
 
 
+def test_outputs_of_a_sigmoid_are_warned_of_with_a_remedy_that_ends_where_purify_does(purified):
+    model, batches = problem()
+    criterion, _, optimizer, schedule = prepared(model)
+    with pytest.warns(UserWarning, match=r"behind a sigmoid.*; if so, pass torch.logit\("):
+        criterion.from_logits(model(batches[0][0]).sigmoid(), batches[0][1])
+    for _ in range(EPOCHS):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            outputs = torch.logit(model(images).sigmoid(), 1e-6)
+            criterion.from_logits(outputs, labels).backward()
+            optimizer.step()
+        schedule.step()
+    assert difference(model.state_dict(), purified) <= 1e-5
+
+
 class SAM(torch.optim.Optimizer):
     """The usual form: two calls a step, the second of which steps a base optimizer."""
 

@@ -154,7 +154,7 @@ def test_a_head_of_an_adapter_is_to_be_merged():
         arguments.check_adapter(model, "classifier.base_layer")
 
 
-def test_softmax_is_seen_and_nothing_else():
+def test_what_follows_the_head_is_seen_and_nothing_else():
     images = make_batches(1)[0][0]
     model = make_model()
     ended = {
@@ -165,12 +165,19 @@ def test_softmax_is_seen_and_nothing_else():
     }
     for name, last in ended.items():
         whole = nn.Sequential(copy.deepcopy(model), last).train()
-        assert arguments.ends_in_softmax(whole, images) == (name == "softmax"), name
+        expected = name if name in ("softmax", "sigmoid") else None
+        assert arguments.ending_of(whole, whole[0][-1], images) == expected
         assert whole.training
+        assert not whole[0][-1]._forward_hooks
     # A trained model's probabilities are zero and one to the last bit.
     with torch.no_grad():
         model[-1].weight.mul_(1000)
-    assert arguments.ends_in_softmax(nn.Sequential(model, nn.Softmax(1)), images)
+    assert arguments.ending_of(nn.Sequential(model, nn.Softmax(1)), model[-1], images) == "softmax"
+    # Logits that happen to lie in 0..1 are none.
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        model[-1].bias.fill_(0.5)
+    assert arguments.ending_of(model, model[-1], images) is None
 
 
 def test_batch_norm_of_one_value_needs_two_images():

@@ -176,11 +176,12 @@ def test_several_processes_are_refused(monkeypatch):
         quick(make_model(), make_batches())
 
 
-def test_a_model_that_ends_in_softmax_is_tuned_as_without_it(capsys):
-    ended = nn.Sequential(*make_model(), nn.Softmax(1))
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid()], ids=["softmax", "sigmoid"])
+def test_a_model_that_ends_in_another_function_is_tuned_as_without_it(last, capsys):
+    ended = nn.Sequential(*make_model(), last)
     for settings in ({"alpha": 0.1}, {"method": "ft"}):
         runs = [quick(model, make_batches(), **settings) for model in (ended, make_model())]
         for one, other in zip(*(run.model.state_dict().values() for run in runs), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     quick(ended, make_batches(), method="ft", progress=True)
-    assert "ends in a softmax" in " ".join(capsys.readouterr().err.split())
+    assert f"ends in a {type(last).__name__.lower()}" in " ".join(capsys.readouterr().err.split())
