@@ -62,7 +62,9 @@ def resolve_precision(
         return "fp32"
     if device.type != "cuda":
         return "bf16" if native_bf16() else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # PyTorch looks at the current GPU.
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -24,12 +24,13 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model in eval mode on the device; its mode and device are put back afterwards."""
+    """The model in eval mode on the device, the current one; all is put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     own = next((p.device for p in model.parameters()), device)
     try:
-        model.to(device).eval()
-        yield
+        with on_device(device):
+            model.to(device).eval()
+            yield
     finally:
         model.to(own)
         for module, training in modes.items():
