@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +11,7 @@ from torch import nn
 from .. import checkpoints
 from ..data import class_names, image_sets, normalization
 from ..data.device_loader import DeviceLoader
-from ..triggers.pixels import Normalization, normalize_bytes
 from ..tuning.arguments import to_float32
-from .measured import classes_of
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -84,23 +81,8 @@ def load_images(
     names = None if options.classes is None else class_names.read_names(options.classes)
     normalize = normalization.normalization(options.normalize)
     images = image_sets.read(path, options.size, skip_corrupt=options.skip_corrupt)
-    return fitted(images, model, names, normalize, path, where)
-
-
-def fitted(
-    images: image_sets.ImageSet,
-    model: nn.Module,
-    names: Mapping[str, int] | None,
-    normalize: Normalization | None,
-    path: Path,
-    where: str = "--data",
-) -> image_sets.ImageSet:
-    """The images under the labels of the model, which is run on two of them for its classes."""
-    classes = classes_of(model, normalize_bytes(images.images[:2], normalize))
-    if classes is None:
-        return images
     labelled = path.suffix == ".npz"
-    return class_names.fit_classes(images, classes, names, labelled=labelled, where=where)
+    return class_names.fit_model(images, model, normalize, names, labelled=labelled, where=where)
 
 
 def loader(options: argparse.Namespace, images: image_sets.ImageSet, shuffle: bool) -> DeviceLoader:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches, dtype_of, resolve_device, resolve_precision
 from ..data.device_loader import DeviceLoader
-from ..heads.contexts import evaluating
-from ..heads.output import logits_of
 from ..measure.evaluate import Metrics, measure
 from ..triggers import Trigger
 
@@ -80,17 +78,3 @@ def answers(
     measure(model, batches, place, precision, triggers, target, loader.normalize, watch)
     pairs = {name: torch.cat(parts, dim=1).cpu() for name, parts in seen.items()}
     return Answers(pairs.pop(None), {str(name): pair for name, pair in pairs.items()})
-
-
-def classes_of(model: nn.Module, images: Tensor) -> int | None:
-    """Return how many classes the model has, for images [N, C, H, W]; None where it fails.
-
-    Whatever the failure was, it is told when the model is measured.
-    """
-    own = next(model.parameters(), torch.empty(0))
-    with evaluating(model, own.device), torch.no_grad():
-        try:
-            logits = logits_of(model(images.to(own.device, own.dtype)))
-        except Exception:
-            return None
-    return logits.shape[1] if logits.dim() > 1 else None

@@ -19,7 +19,6 @@ from ..measure.per_image import examine
 from ..measure.report import Measured
 from ..tuning.arguments import to_float32
 from ..tuning.result import PurifyResult
-from . import inputs
 
 # A manifest of a million classes is smaller.
 LARGEST = 256 << 20
@@ -137,7 +136,8 @@ def _measure(
     model = _load(options, options.checkpoint)
     values = normalization.normalization(normalize)
     read = image_sets.read(options.data, options.size)
-    images = inputs.fitted(read, model, names, values, options.data)
+    labelled = options.data.suffix == ".npz"
+    images = class_names.fit_model(read, model, values, names, labelled=labelled)
     loader = DeviceLoader(
         images.images, images.labels, options.batch_size, shuffle=False, normalize=values
     )

@@ -8,13 +8,48 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from ..heads.contexts import evaluating
+from ..heads.output import logits_of
+from ..triggers.pixels import Normalization, normalize_bytes
 from .image_sets import ImageSet, whole_names
 
 # A list of the 21,841 classes of ImageNet takes 1 MB.
 LARGEST_BYTES = 16_000_000
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _SHOWN = 5
+
+
+def fit_model(
+    images: ImageSet,
+    model: nn.Module,
+    normalize: Normalization | None,
+    names: Mapping[str, int] | None = None,
+    *,
+    labelled: bool = False,
+    where: str = "--data",
+    option: str = "--classes",
+) -> ImageSet:
+    """:func:`fit_classes` for a model, which is run on two of the images for its classes.
+
+    Where it fails on them, the images are left as they are: it is told when the model is measured.
+    """
+    classes = classes_of(model, normalize_bytes(images.images[:2], normalize))
+    if classes is None:
+        return images
+    return fit_classes(images, classes, names, labelled=labelled, where=where, option=option)
+
+
+def classes_of(model: nn.Module, images: Tensor) -> int | None:
+    """Return how many classes the model has, for images [N, C, H, W]; None where it fails."""
+    own = next(model.parameters(), torch.empty(0))
+    with evaluating(model, own.device), torch.no_grad():
+        try:
+            logits = logits_of(model(images.to(own.device, own.dtype)))
+        except Exception:
+            return None
+    return logits.shape[1] if logits.dim() > 1 else None
 
 
 def fit_classes(
@@ -24,6 +59,7 @@ def fit_classes(
     *,
     labelled: bool = False,
     where: str = "--data",
+    option: str = "--classes",
 ) -> ImageSet:
     """The images with the model's labels; refused where it is not certain which these are.
 
@@ -37,6 +73,7 @@ def fit_classes(
         names: from the images' class names to the model's classes; see :func:`read_names`.
         labelled: whether the labels were stored as numbers, rather than made from the names.
         where: the argument that errors name.
+        option: the argument that gives ``names``.
     Returns:
         The images, with ``classes`` naming all ``num_classes`` of the model.
     Raises:
@@ -44,17 +81,17 @@ def fit_classes(
             model's classes, or numbers that may count from 1.
     """
     if names is not None:
-        return _by_name(images, num_classes, names, where)
+        return _by_name(images, num_classes, names, where, option)
     numbers = None if labelled else whole_names(images.classes)
     # Without a 0 they may as well count from 1, and the last one be missing.
     if numbers is not None and min(numbers) == 0 and max(numbers) < num_classes:
         return _relabelled(images, numbers, num_classes, {})
     if len(images.classes) == num_classes and numbers is None:
         return images
-    raise ValueError(_misfit(images, num_classes, numbers, where))
+    raise ValueError(_misfit(images, num_classes, numbers, where, option))
 
 
-def read_names(path: Path) -> dict[str, int]:
+def read_names(path: Path, option: str = "--classes") -> dict[str, int]:
     """The class of each name that a file lists.
 
     One name a line, the first of class 0; or JSON: a list of names in order, an object of name to
@@ -64,7 +101,7 @@ def read_names(path: Path) -> dict[str, int]:
     Raises:
         ValueError: the file cannot be read, names one class twice or is none of these.
     """
-    where = f"--classes: {path}"
+    where = f"{option}: {path}"
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise ValueError(f"more than {LARGEST_BYTES} bytes")
@@ -121,18 +158,20 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _by_name(images: ImageSet, num_classes: int, names: Mapping[str, int], where: str) -> ImageSet:
+def _by_name(
+    images: ImageSet, num_classes: int, names: Mapping[str, int], where: str, option: str
+) -> ImageSet:
     unknown = [name for name in images.classes if name not in names]
     if unknown:
         raise ValueError(
-            f"{where} must have classes that --classes names, got {_few(unknown)} beside "
+            f"{where} must have classes that {option} names, got {_few(unknown)} beside "
             f"{_few(list(names))}; add them to the file, or rename the folders"
         )
     beyond = {name: names[name] for name in images.classes if names[name] >= num_classes}
     if beyond:
         name, number = next(iter(beyond.items()))
         raise ValueError(
-            f"--classes must give classes in 0..{num_classes - 1}, as the model has {num_classes}, "
+            f"{option} must give classes in 0..{num_classes - 1}, as the model has {num_classes}, "
             f"got {number} for {name!r}; check that the file is this model's"
         )
     numbers = [names[name] for name in images.classes]
@@ -157,7 +196,9 @@ def _relabelled(
     return replace(images, labels=labels, classes=tuple(named))
 
 
-def _misfit(images: ImageSet, num_classes: int, numbers: Sequence[int] | None, where: str) -> str:
+def _misfit(
+    images: ImageSet, num_classes: int, numbers: Sequence[int] | None, where: str, option: str
+) -> str:
     found = f"{len(images.classes)} ({_few(images.classes)})"
     if SPLITS.issuperset(name.lower() for name in images.classes):
         return (
@@ -165,7 +206,7 @@ def _misfit(images: ImageSet, num_classes: int, numbers: Sequence[int] | None, w
             f"classes, got {found}: these are parts of a data set; name one of them, such as "
             f"{where} FOLDER/{images.classes[0]}"
         )
-    remedy = "--classes FILE maps names to the model's classes"
+    remedy = f"{option} FILE maps names to the model's classes"
     if numbers is None:
         return (
             f"{where} must have one class for each of the model's {num_classes} classes, got "

@@ -58,7 +58,7 @@ def _wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in _TOLERANCE else values
 
 
-# What a model may end in, and what leads from its outputs back to logits.
+# Each function that a model may end in has one that leads from its outputs back to logits.
 ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": log_probabilities,
     "sigmoid": before_sigmoid,

@@ -167,6 +167,7 @@ class Config(_Keys):
     head: str | None = _text()
     data: InFolder = Field(examples=["clean"])
     test: InFolder | None = None
+    classes: InFolder | None = None
     size: int | None = _whole(1)
     normalize: Annotated[Any, BeforeValidator(_normalization)] = Field(examples=["cifar10"])
     augment: Annotated[str, one_of("none", "cifar")] = "none"

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import checkpoints
 from ..bench import table
 from ..checkpoints import architectures
 from ..checkpoints.atomic_files import strict_json
-from ..data import image_sets
 from ..data.batches import resolve_device, resolve_precision
 from ..data.device_loader import DeviceLoader
 from ..data.image_sets import ImageSet
 from ..measure.evaluate import Metrics, evaluate
+from ..tuning.arguments import to_float32
 from ..tuning.autotune import threads_of
 from . import columns
 from .columns import NOT_MEASURED
-from .config import Checkpoint, Config, normalization_of, read_config, takes_alpha
+from .config import Checkpoint, Config, read_config, takes_alpha
 from .grid import Cell, Choice, Done, Grid, GridProgress
+from .images import Sets, Uploaded
 from .store import Folder, Row, claimed
 
 FORMAT = "fst_fast sweep, version 1"
@@ -59,10 +61,9 @@ def run_sweep(path: str | Path, *, retry_failed: bool = False, quiet: bool = Fal
     columns.check_format(config.results)
     cells = cells_of(config)
     device = _device(config.device)
-    tuning = _images("data", config.data, config.size)
-    test = None if config.test is None else _images("test", config.test, config.size)
-    _check(config, tuning if test is None else test)
-    sweep = Sweep(config, cells, tuning, test, device)
+    sets = Sets.read(config)
+    _check(config, sets.judged)
+    sweep = Sweep(config, cells, sets, device)
     if retry_failed:
         for cell in cells:
             sweep.store.forget_failure(cell)
@@ -113,51 +114,41 @@ class Sweep(Grid):
         self,
         config: Config,
         cells: Sequence[Cell],
-        tuning: ImageSet,
-        test: ImageSet | None,
+        sets: Sets,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.cells, self.device = config, cells, device
         self.store = Folder(config.out)
-        self.plan = self.store.open(plan_of(config, tuning, test, device))
-        self._tuning = self._loader(tuning.images, tuning.labels)
-        judged = tuning if test is None else test
-        self._judged = self._loader(judged.images, judged.labels, shuffle=False)
-        self._measured_on = "tuning images" if test is None else "test images"
+        self.plan = self.store.open(plan_of(config, sets, device))
+        self._images = Uploaded(config, sets, device)
+        self._measured_on = "tuning images" if sets.test is None else "test images"
         chosen = {name: getattr(config, name) for name in ("epochs", "lr", "momentum")}
         computed = {**self.plan["computed"], "device": device}
         self.settings = {**chosen, **computed, "check": not config.force}
 
-    def _loader(self, images: Tensor, labels: Tensor, **more: Any) -> DeviceLoader:
-        return DeviceLoader(
-            images,
-            labels,
-            self.config.batch_size,
-            device=self.device,
-            normalize=normalization_of(self.config.normalize),
-            **more,
-        )
-
     def model(self, cell: Cell) -> nn.Module:
         suspect: Checkpoint = cell.suspect
-        return checkpoints.load(
+        model = checkpoints.load(
             suspect.file, suspect.arch, suspect.num_classes, **suspect.arch_options
         )
+        note = to_float32(model)
+        if note is not None:
+            warnings.warn(f"sweep: {suspect.path}: {note}", stacklevel=2)
+        self._images.fit(model)
+        return model
 
     def head(self, cell: Cell) -> tuple[str | None, str]:
         suspect: Checkpoint = cell.suspect
         return suspect.head, repr((suspect.arch, suspect.num_classes, suspect.arch_options))
 
     def loader(self, cell: Cell) -> DeviceLoader:
-        augment = None if self.config.augment == "none" else self.config.augment
-        first, drawn = self._tuning, {"seed": cell.seed or 0, "augment": augment}
-        return self._loader(first.images, first.labels, resident=first.resident, **drawn)
+        return self._images.drawn(cell.seed or 0)
 
     def measure(self, cell: Cell, model: nn.Module) -> Metrics:
         return evaluate(
             model,
-            self._judged,
+            self._images.judged,
             cell.suspect.attack,
             cell.suspect.target,
             device=self.device,
@@ -197,9 +188,7 @@ class Sweep(Grid):
             self.store.keep(done.cell, row, manifest)
 
 
-def plan_of(
-    config: Config, tuning: ImageSet, test: ImageSet | None, device: torch.device
-) -> dict[str, Any]:
+def plan_of(config: Config, sets: Sets, device: torch.device) -> dict[str, Any]:
     """The facts in which two runs of a sweep must agree, as JSON data, and how it is computed.
 
     On the CPU, precision "auto" is "fp32": a trial by the clock could end otherwise in the next
@@ -215,8 +204,7 @@ def plan_of(
         "checkpoints": {
             f"{i} {suspect.path}": suspect.facts() for i, suspect in enumerate(config.checkpoints)
         },
-        "data": tuning.describe(),
-        "test": None if test is None else test.describe(),
+        **sets.plan(),
         "device": device.type,
         "computed": {"precision": precision, "threads": threads if device.type == "cpu" else None},
         "versions": checkpoints.versions(),
@@ -235,16 +223,6 @@ def _device(asked: str | None) -> torch.device:
         return resolve_device(asked, nn.Identity())
     except ValueError as error:
         raise ValueError(f"sweep: {error}") from None
-
-
-def _images(key: str, path: Path, size: int | None) -> ImageSet:
-    try:
-        return image_sets.read(path, size)
-    except ValueError as error:
-        raise ValueError(
-            f"sweep: {key} must be a folder with one sub-folder of images per class, or an .npz, "
-            f"got {path}: {error}"
-        ) from None
 
 
 def _check(config: Config, test: ImageSet) -> None:

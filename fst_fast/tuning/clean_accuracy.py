@@ -19,6 +19,8 @@ from .profiling import StepProfile
 from .resume import generators_of
 from .settings import ComputeSettings
 
+_REMEDY = "check=False (in a sweep: force: true) goes on all the same"
+
 
 @dataclass(frozen=True)
 class CleanAccuracy:
@@ -79,7 +81,7 @@ class Judge:
                 "order of the classes, and that images are normalised as in training"
             )
             if check:
-                raise ValueError(f"{self._labels_fault}; check=False goes on all the same")
+                raise ValueError(f"{self._labels_fault}; {_REMEDY}")
         if self._validation is not None:
             labels, answered = self._answers(suspect, self._validation)
         self._before = _share(labels, answered)
