@@ -19,24 +19,11 @@ from fst_fast.checkpoints.architectures import Arch, build, takes_num_classes
 from fst_fast.checkpoints.atomic_files import (
     dump_json,
     replace_file,
-    sha256,
     strict_json,
     write_temporary,
 )
-from fst_fast.checkpoints.read import FLOATS, LoadError, fault, few, read_state_dict, refusal, strip
-from fst_fast.checkpoints.shards import digest
-
-# LoadError, read_state_dict and sha256 live in the files above; callers find them here.
-__all__ = [
-    "LoadError",
-    "check_writable",
-    "digest",
-    "load",
-    "read_state_dict",
-    "save",
-    "sha256",
-    "versions",
-]
+from fst_fast.checkpoints.misfit import compare
+from fst_fast.checkpoints.read import fault, few, read_state_dict, refusal, strip
 
 
 def load(
@@ -207,7 +194,7 @@ def _fill(path: Path, model: nn.Module, state: dict[str, Tensor], num_classes: i
     own = _own(model)
     names = strip(own)
     stripped = {short: own[name] for short, name in names.items()}
-    problems, hint = _compare(stripped, state, num_classes)
+    problems, hint = compare(stripped, state, num_classes)
     if problems:
         raise refusal(
             path,
@@ -220,67 +207,6 @@ def _fill(path: Path, model: nn.Module, state: dict[str, Tensor], num_classes: i
         if value.dtype != target.dtype:
             target.data = target.data.to(value.dtype)
     model.load_state_dict({names[short]: value for short, value in state.items()}, strict=False)
-
-
-def _compare(
-    own: dict[str, Tensor], state: dict[str, Tensor], num_classes: int | None
-) -> tuple[list[str], str]:
-    """List what keeps state out of own; and a hint, where only the number of classes differs."""
-    shared = [name for name in own if name in state]
-    filled = {id(own[name]) for name in shared}
-    missing = [
-        name
-        for name, value in own.items()
-        if name not in state
-        and id(value) not in filled
-        and not name.endswith("num_batches_tracked")
-    ]
-    unexpected = [name for name in state if name not in own]
-    differ = [name for name in shared if own[name].shape != state[name].shape]
-    shapes = [f"{n}: model {list(own[n].shape)}, file {list(state[n].shape)}" for n in differ]
-    kinds = [
-        f"{n}: model {own[n].dtype}, file {state[n].dtype}"
-        for n in shared
-        if own[n].dtype != state[n].dtype and not {own[n].dtype, state[n].dtype} <= set(FLOATS)
-    ]
-    problems = [
-        f"{len(found)} {what} ({few(found)})"
-        for what, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("of another kind", kinds),
-            ("unequal though tied", _untied(own, state, shared)),
-        )
-        if found
-    ]
-    if len(problems) > 1 or not shapes:
-        return problems, ""
-    return problems, _head_hint([(own[n], state[n]) for n in differ], num_classes)
-
-
-def _untied(own: dict[str, Tensor], state: dict[str, Tensor], shared: list[str]) -> list[str]:
-    """Names that the model ties to an earlier name, for which the file holds other values."""
-    first: dict[int, str] = {}
-    for name in shared:
-        first.setdefault(id(own[name]), name)
-    leaders = ((name, first[id(own[name])]) for name in shared)
-    return [f"{n} and {f}" for n, f in leaders if n != f and not _equal(state[n], state[f])]
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _head_hint(pairs: list[tuple[Tensor, Tensor]], num_classes: int | None) -> str:
-    counts = {(len(mine), len(file)) for mine, file in pairs if mine.dim() and file.dim()}
-    alike = all(mine.shape[1:] == file.shape[1:] for mine, file in pairs)
-    if len(counts) != 1 or not alike:
-        return ""
-    ((built, classes),) = counts
-    if num_classes not in (None, built):
-        return ""
-    return f"the checkpoint has {classes} classes; pass num_classes={classes}"
 
 
 def _storable(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

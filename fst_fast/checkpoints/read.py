@@ -58,6 +58,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     The state dict is the file's content, or sits inside "state_dict", "model", "net",
     "model_state_dict", "model_state" or "netC"; "state_dict_ema" comes before these, as in timm.
+    A file with averaged weights of another name ("model_ema", "ema") beside them is refused.
     Objects of NumPy beside it (BackdoorBench's attack_result.pt) and a command line's Namespace
     (timm, torchvision) are left out without a look. "module.", "_orig_mod.", "model." (Lightning)
     and "net." are stripped when every name carries them; ``n_averaged`` beside "module." (torch's

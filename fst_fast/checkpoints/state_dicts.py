@@ -5,6 +5,7 @@ Imports torch and the standard library only: the reading process starts with not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
-# timm's loader takes the averaged weights where there are any; so they come first.
 _WRAPPERS = ("state_dict", "model", "net", "model_state_dict", "model_state", "netC")
+# timm's loader takes the averaged weights where there are any; so they come first.
 _AVERAGED = "state_dict_ema"
+# Other trainers keep averaged weights under such names, and differ in which ones they load.
+_AVERAGES = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
 _AVERAGES_COUNT = "n_averaged"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 WEIGHTS = "a state dict (names to dense, finite tensors)"
@@ -50,12 +53,11 @@ def unwrap(content: Any) -> tuple[list[str], Any]:
     for _ in range(4):
         if not isinstance(content, dict):
             break
-        inner = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
-        if isinstance(content.get(_AVERAGED), dict):
-            inner = [_AVERAGED]
+        inner = _candidates(content)
         if len(inner) > 1:
-            got = f"several: {', '.join(inner)}"
-            raise RefusedError("one state dict", got, f"save the one you mean, {EXPORT}")
+            export = EXPORT.replace("model.state_dict()", f"checkpoint[{inner[0]!r}]")
+            got = f"several: {few(inner)}"
+            raise RefusedError("one state dict", got, f"save the one you mean, {export}")
         if not inner:
             break
         keys += inner
@@ -68,6 +70,16 @@ def unwrap(content: Any) -> tuple[list[str], Any]:
         got = f"keys that are not text, such as a {type(foreign[0]).__name__}"
         raise RefusedError(WEIGHTS, got, f"save the weights, {EXPORT}")
     return keys, content
+
+
+def _candidates(content: dict[Any, Any]) -> list[str]:
+    """The keys under which a state dict may be: of the weights, and of averaged weights."""
+    filled = [name for name, value in content.items() if isinstance(value, dict) and value]
+    if _AVERAGED in filled:
+        return [_AVERAGED]
+    averaged = [name for name in filled if isinstance(name, str) and _AVERAGES.search(name)]
+    wrappers = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
+    return wrappers + [name for name in averaged if name not in wrappers]
 
 
 def strip(names: Iterable[str]) -> dict[str, str]:

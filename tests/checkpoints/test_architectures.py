@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fst_fast.checkpoints import load
 from fst_fast.checkpoints.architectures import build
-from fst_fast.checkpoints.load import load
 
 
 @pytest.fixture(autouse=True)

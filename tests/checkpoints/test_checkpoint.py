@@ -15,8 +15,8 @@ from checkpoint_cases import Net, Tied, equal, names, torch_save
 from torch import nn
 
 from fst_fast import checkpoints
+from fst_fast.checkpoints import LoadError, check_writable, load, read_state_dict, save
 from fst_fast.checkpoints.architectures import build
-from fst_fast.checkpoints.load import LoadError, check_writable, load, read_state_dict, save
 
 
 def test_wrapped_model_takes_a_stripped_file(tmp_path):

@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fst_fast import checkpoints
+from fst_fast.checkpoints import LoadError, load, read_state_dict
 from fst_fast.checkpoints.inspect_file import inspect_file
-from fst_fast.checkpoints.load import LoadError, load, read_state_dict
 from fst_fast.cli import main
 
 POINTER = (

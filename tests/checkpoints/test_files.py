@@ -11,9 +11,8 @@ import safetensors.torch
 import torch
 from checkpoint_cases import Net, names, refused
 
-from fst_fast.checkpoints import manifest
+from fst_fast.checkpoints import LoadError, load, manifest, read_state_dict, save
 from fst_fast.checkpoints.atomic_files import dump_json
-from fst_fast.checkpoints.load import LoadError, load, read_state_dict, save
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over old", "new"])

@@ -8,8 +8,8 @@ import torch
 from checkpoint_cases import Net, torch_save
 from hostile import pickles
 
+from fst_fast.checkpoints import LoadError, save
 from fst_fast.checkpoints.inspect_file import inspect_file
-from fst_fast.checkpoints.load import LoadError, save
 from fst_fast.cli import main
 
 

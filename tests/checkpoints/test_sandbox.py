@@ -13,8 +13,7 @@ import pytest
 import torch
 from checkpoint_cases import Net, equal, refused, torch_save
 
-from fst_fast.checkpoints import reader_client
-from fst_fast.checkpoints.load import read_state_dict
+from fst_fast.checkpoints import read_state_dict, reader_client
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the process that stays is Linux's")
 

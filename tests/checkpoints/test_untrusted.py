@@ -15,7 +15,8 @@ import torch
 from checkpoint_cases import Net, equal, refused, torch_save
 from torch import nn
 
-from fst_fast.checkpoints.load import read_state_dict
+import fst_fast
+from fst_fast.checkpoints import LoadError, read_state_dict
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -272,6 +273,34 @@ def test_a_checkpoint_of_timm(tmp_path):
     assert equal(read_state_dict(torch_save(tmp_path / "m.pt", whole)), weights)
     with_ema = whole | {"state_dict_ema": averaged}
     assert equal(read_state_dict(torch_save(tmp_path / "m.pt", with_ema)), averaged)
+
+
+@pytest.mark.parametrize("name", ["model_ema", "ema", "ema_state_dict", "swa_model"])
+def test_averaged_weights_of_another_name_are_not_passed_over(tmp_path, name):
+    """Trainers differ in which of the two they load: who saved the file knows."""
+    weights = {"conv.weight": torch.zeros(2), "fc.bias": torch.zeros(1)}
+    averaged = {key: value + 1 for key, value in weights.items()}
+    whole = {"model": weights, name: averaged, "epoch": 3}
+    with pytest.raises(
+        LoadError, match=rf"one state dict; got several: model, {name}; .*checkpoint\['model'\]"
+    ):
+        read_state_dict(torch_save(tmp_path / "both.pt", whole))
+    nested = {"model": weights, "ema": {"model": averaged, "decay": 0.9}}
+    with pytest.raises(LoadError, match="got several: model, ema;"):
+        read_state_dict(torch_save(tmp_path / "nested.pt", nested))
+    # Without the other ones they are what there is; and nothing is averaged yet in an empty dict.
+    alone = torch_save(tmp_path / "alone.pt", {name: averaged, "epoch": 3})
+    assert equal(read_state_dict(alone), averaged)
+    empty = torch_save(tmp_path / "empty.pt", {"model": weights, name: {}, "schema": {"a": 1}})
+    assert equal(read_state_dict(empty), weights)
+
+
+def test_two_copies_in_one_state_dict_are_told_by_their_prefixes(tmp_path):
+    state = torch.nn.Linear(4, 3).state_dict()
+    both = {f"{p}{n}": v for p in ("model.", "ema.model.") for n, v in state.items()}
+    path = torch_save(tmp_path / "both.pt", both)
+    with pytest.raises(LoadError, match=r"weights behind 'model.', 'ema.model.': save those"):
+        fst_fast.load(path, torch.nn.Linear(4, 3))
 
 
 def test_a_checkpoint_of_lightning(tmp_path):

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fst_fast.checkpoints import reader_client
-from fst_fast.checkpoints.load import LoadError, read_state_dict, save
+from fst_fast.checkpoints import LoadError, read_state_dict, reader_client, save
 
 from . import bombs, fuzz, pickles, targets
 from .records import row

@@ -12,8 +12,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fst_fast.checkpoints import manifest, pickle_reader, state_dicts
-from fst_fast.checkpoints.load import LoadError, read_state_dict, save
+from fst_fast.checkpoints import (
+    LoadError,
+    manifest,
+    pickle_reader,
+    read_state_dict,
+    save,
+    state_dicts,
+)
 from fst_fast.data import normalization
 from fst_fast.sweep.config import read_config
 from fst_fast.tuning import resume

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fst_fast.checkpoints.load import LoadError, read_state_dict
+from fst_fast.checkpoints import LoadError, read_state_dict
 
 
 class Net(nn.Module):
