@@ -11,71 +11,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_loop_cases import (
+    ALPHA,
+    BATCH,
+    EPOCHS,
+    LR,
+    MOMENTUM,
+    PER_EPOCH,
+    SEED,
+    difference,
+    loss_by,
+    prepare,
+    problem,
+    purified_state,
+)
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fst_fast
 
-EPOCHS, BATCH, PER_EPOCH, PARTS = 3, 16, 3, 4
-LR, MOMENTUM, ALPHA, SEED = 0.05, 0.9, 0.1, 3
+PARTS = 4
 README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-class Net(nn.Module):
-    """Smooth, and without a batch norm: parts of a batch add up to the batch."""
-
-    def __init__(self, softmax=False):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
-        self.classify, self.softmax = nn.Linear(8, 5), softmax
-
-    def forward(self, x):
-        logits = self.classify(F.silu(self.norm(self.conv(x))).mean((2, 3)))
-        return logits.softmax(1) if self.softmax else logits
-
-
-def problem(softmax=False):
-    torch.manual_seed(0)
-    model = Net(softmax)
-    with torch.no_grad():
-        model.classify.weight.mul_(3)
-    images = torch.randn(PER_EPOCH * BATCH, 3, 8, 8)
-    labels = torch.randint(0, 5, (PER_EPOCH * BATCH,))
-    return model, list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
 
 @pytest.fixture(scope="module")
 def purified():
-    model, batches = problem()
-    settings = {"method": "fst", "alpha": ALPHA, "epochs": EPOCHS, "lr": LR, "momentum": MOMENTUM}
-    settings |= {"precision": "fp32", "progress": False, "check": False}
-    result = fst_fast.purify(model, batches, seed=SEED, device="cpu", **settings)
-    return result.model.state_dict()
+    return purified_state()
 
 
 def prepared(model, wrap=lambda model: model):
     """Criterion, optimizer and schedule of a loop that steps SGD as purify does."""
-    criterion = fst_fast.HeadDeviationLoss.from_model(model, ALPHA, head="classify")
-    criterion.reinitialize(SEED)
-    wrapped = wrap(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    criterion, optimizer = prepare(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
-    fst_fast.attach(optimizer, criterion)
-    return criterion, wrapped, optimizer, schedule
-
-
-def loss_by(form, criterion, model, images, labels):
-    if form == "features":
-        return criterion(criterion.features_of(model, images), labels)
-    return criterion.from_logits(model(images), labels)
-
-
-def difference(state, purified):
-    return max(
-        ((state[key] - value).abs().max() / value.abs().max().clamp_min(1e-12)).item()
-        for key, value in purified.items()
-    )
+    return criterion, wrap(model), optimizer, schedule
 
 
 @pytest.mark.parametrize("form", ["features", "logits"])
