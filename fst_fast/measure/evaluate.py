@@ -160,21 +160,23 @@ def measure(
     target: int = 0,
     normalize: Normalization | None = None,
     watch: Watch | None = None,
+    fold: bool = True,
 ) -> dict[str, Metrics]:
     """:func:`evaluate` on batches that are open already, with device and precision resolved.
 
-    ``watch`` is called after every classified batch, with tensors on the device.
-
+    Args:
+        watch: called after every classified batch, with tensors on the device.
+        fold: fold batch norm, which takes its time first, and saves some with each image.
     Returns:
         The metrics by the triggers' names; without any, those of the name "".
     """
     # inference_mode would spoil what a model caches in its first forward for later training.
     with evaluating(model, device), torch.no_grad():
         named = triggers or {}
-        run = _Pass(model, device, precision, named, target, normalize, watch)
+        run = _Pass(model, device, precision, named, target, normalize, watch, fold)
         for images, labels, triggered in show(batches, list(named.values()), normalize, device):
             run.add(images, labels, triggered)
-    return run.metrics()
+    return run.metrics(batches.where)
 
 
 class _Pass:
@@ -189,8 +191,9 @@ class _Pass:
         target: int,
         normalize: Normalization | None,
         watch: Watch | None,
+        fold: bool,
     ) -> None:
-        self.watch = watch
+        self.watch, self.fold = watch, fold
         self.model, self.device, self.precision = model, device, precision
         self.triggers, self.target, self.normalize = triggers, target, normalize
         self.dtype = dtype_of(model)
@@ -231,7 +234,8 @@ class _Pass:
         """Look at the first batch: the layout, and whether it can be turned into pixels."""
         few = images[:2].to(self.dtype)
         self.layout = memory_layout(self.model, few)
-        self.runs = folded(self.model, few.contiguous(memory_format=self.layout))
+        if self.fold:
+            self.runs = folded(self.model, few.contiguous(memory_format=self.layout))
         if isinstance(self.runs, fx.GraphModule) and self.runs is not self.model:
             cast_once(self.runs, AUTOCAST.get(self.precision, torch.float32), self.layout)
         if self.triggers:
@@ -274,13 +278,14 @@ class _Pass:
         self.classes = size[1]
         return logits.flatten(1).argmax(dim=1)
 
-    def metrics(self) -> dict[str, Metrics]:
+    def metrics(self, where: str) -> dict[str, Metrics]:
         low, high = self.labels_seen.tolist()
-        for name, least, greatest in (("loader", low, high), ("target", self.target, self.target)):
+        seen = ((where, low, high), ("evaluate: target", self.target, self.target))
+        for name, least, greatest in seen:
             if least < 0 or greatest >= self.classes:
                 wrong = least if least < 0 else greatest
                 raise ValueError(
-                    f"evaluate: {name} must hold classes in 0..{self.classes - 1}, as the model "
+                    f"{name} must hold classes in 0..{self.classes - 1}, as the model "
                     f"has {self.classes}, got {wrong}; check the label mapping"
                 )
         correct, others = self.counts.tolist()

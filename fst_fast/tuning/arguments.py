@@ -255,8 +255,8 @@ def lost_note(before: float, after: float, images: str) -> str | None:
         return None
     return (
         f"the model lost {100 * (before - after):.1f} points of clean accuracy, from "
-        f"{100 * before:.1f} % to {100 * after:.1f} % on {images}: use a smaller alpha, a smaller "
-        "lr or more clean images"
+        f"{100 * before:.1f} % to {100 * after:.1f} % on {images}: use a smaller lr (and alpha, "
+        "where the method has one), more epochs or more clean images"
     )
 
 

@@ -103,8 +103,10 @@ class Judge:
             seen.append(torch.stack([labels, answered]))
 
         place, precision = self._compute.device, self._compute.precision
+        # A GPU is through with a few thousand images before batch norm is folded.
+        fold = place.type != "cuda"
         with seeded(self._seed, place), _undrawn(batches.loader):
-            measure(model, batches, place, precision, watch=watch)
+            measure(model, batches, place, precision, watch=watch, fold=fold)
         return torch.cat(seen, dim=1).cpu()
 
 

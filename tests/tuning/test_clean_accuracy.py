@@ -109,6 +109,17 @@ def test_accuracy_is_that_of_evaluate_on_the_images_that_it_names(kind, measured
     }
 
 
+def test_a_label_that_is_no_class_is_refused_before_the_first_step_wherever_it_is():
+    model, batches = make_model(), make_batches(3)
+    batches[2][1][3] = 4
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^purify: loader must hold classes in 0\.\.3, .* got 4"):
+        quick(model, batches, inplace=True)
+    assert equal_states(before, model.state_dict())
+    with pytest.raises(ValueError, match=r"^purify: validation must hold classes in 0\.\.3, .* 4"):
+        quick(model, make_batches(3), validation=batches, inplace=True)
+
+
 def test_validation_images_are_what_is_measured_on():
     model, validation = make_model(), make_batches(seed=9)
     result = quick(model, make_batches(), validation=validation)
