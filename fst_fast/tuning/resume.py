@@ -201,8 +201,9 @@ def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 
 
 def generators_of(loader: object) -> list[torch.Generator]:
-    """The generators of its own that a loader draws from."""
-    places = (loader, getattr(loader, "sampler", None))
+    """The generators of its own that a loader, or the loader in it, draws from."""
+    inner = getattr(loader, "loader", loader)
+    places = (loader, inner, getattr(inner, "sampler", None))
     found = [getattr(place, "generator", None) for place in places]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 

@@ -11,6 +11,7 @@ from purify_cases import equal_states, make_batches, make_model, quick
 from torch.utils.data import DataLoader, TensorDataset
 
 import fst_fast
+from fst_fast.data.prefetch import HostLoader
 from fst_fast.tuning.clean_accuracy import Judge
 from fst_fast.tuning.profiling import StepProfile
 
@@ -141,14 +142,16 @@ def test_images_of_a_device_loader_are_measured_as_they_are():
     assert (result.before, result.after) == (1, 1)
 
 
+def with_generator(batches):
+    """A DataLoader that draws from a generator of its own."""
+    data = as_loader("DataLoader", batches).dataset
+    return DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
 LOADERS = {
     "DataLoader": lambda batches: as_loader("DataLoader", batches),
-    "its own generator": lambda batches: DataLoader(
-        as_loader("DataLoader", batches).dataset,
-        8,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(5),
-    ),
+    "its own generator": with_generator,
+    "HostLoader": lambda batches: HostLoader(with_generator(batches), torch.device("cpu")),
     "DeviceLoader": lambda batches: fst_fast.DeviceLoader(*coloured(), 8, augment="cifar"),
     "function": lambda batches: lambda: iter(batches),
 }
