@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fst_fast.heads import contexts
 from fst_fast.heads.contexts import deterministic_algorithms, evaluating, seeded, tuning
 
 CPU = torch.device("cpu")
@@ -153,7 +154,13 @@ class Travelling(nn.Linear):
         return self
 
 
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    monkeypatch.setattr(contexts, "on_device", lambda device: contextlib.nullcontext())
+
+
 @both_ways
+@pytest.mark.usefixtures("no_gpu_needed")
 @pytest.mark.parametrize("manager", [evaluating, tuning])
 def test_the_device_is_put_back(manager, by):
     model = Travelling()
@@ -162,6 +169,7 @@ def test_the_device_is_put_back(manager, by):
     assert model.went == ["cuda:1", "cpu"]
 
 
+@pytest.mark.usefixtures("no_gpu_needed")
 @pytest.mark.parametrize("manager", [evaluating, tuning])
 def test_a_model_that_did_not_fit_the_device_is_brought_back(manager):
     model = Travelling()
