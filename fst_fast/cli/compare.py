@@ -16,6 +16,8 @@ from ..data import normalization
 from ..tuning.compare import compare
 from ..tuning.progress import table_console
 from . import inputs
+from .labels import check
+from .measured import answers
 
 
 def add_commands(commands: Any) -> None:
@@ -47,6 +49,9 @@ def add_commands(commands: Any) -> None:
         required=True,
         help="folder for table.json, plot.png and what is done, to go on after a stop",
     )
+    many.add_argument(
+        "--force", action="store_true", help="go on where the labels do not seem to be the model's"
+    )
     many.add_argument("--quiet", action="store_true", help="no progress")
     many.set_defaults(run=run)
 
@@ -63,9 +68,11 @@ def run(options: argparse.Namespace) -> int:
     trigger = None
     if options.trigger is not None:
         trigger = triggers.get(options.trigger, **normalization.options(options.trigger_option))
+    loader = inputs.loader(options, images, shuffle=True)
+    check(options, model, answers(model, loader.plain(), options), images)
     table = compare(
         model,
-        inputs.loader(options, images, shuffle=True),
+        loader,
         test=inputs.loader(options, test, shuffle=False),
         methods=options.methods,
         trigger=trigger,
@@ -78,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         precision=options.precision,
         progress=not options.quiet,
+        check=False,
     )
     print(table, end="")
     options.out.mkdir(parents=True, exist_ok=True)

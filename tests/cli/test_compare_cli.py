@@ -12,7 +12,7 @@ from fst_fast.cli.main import main
 def run(files, *more):  # noqa: F811
     arguments = [str(files / "suspect.pt"), *data(files), "--test", str(files / "clean")]
     arguments += ["--device", "cpu", "--batch-size", "12", "--out", str(files / "compared")]
-    return main(["compare", *arguments, "--epochs", "1", "--quiet", *more])
+    return main(["compare", *arguments, "--epochs", "1", "--quiet", "--force", *more])
 
 
 def test_compare_prints_writes_and_goes_on(files, capsys):  # noqa: F811
