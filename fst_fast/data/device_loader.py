@@ -201,30 +201,29 @@ class DeviceLoader:
         """Make the next ``iter()`` produce this epoch (0-based)."""
         self._epoch = epoch
 
-    def plain(self) -> DeviceLoader:
-        """Return a loader of all the same images in their order, as they are, in the same memory.
+    def plain(self, shuffle: bool = False) -> DeviceLoader:
+        """Return a loader of all the same images without augmentation, in the same memory.
 
-        Without augmentation; what is poisoned stays so.
+        What is poisoned stays so.
+
+        Args:
+            shuffle: draw the order anew in each epoch, instead of that in which they are stored.
         """
         out = copy.copy(self)
-        out.augment, out.shuffle, out.drop_last = None, False, False
+        out.augment, out.shuffle, out.drop_last, out._epoch = None, shuffle, False, 0
         return out
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self._epoch = self._epoch, self._epoch + 1
         return self._batches(epoch)
 
-    def without_augmentation(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch with every image as it is stored."""
-        return self._batches(epoch, augmented=False)
-
-    def epoch_params(self, epoch: int, augmented: bool = True) -> Tensor:
+    def epoch_params(self, epoch: int) -> Tensor:
         """[M, 8] int32 on the CPU: ``params`` of ``inject`` for all images in the epoch's order."""
         count = len(self.images)
         # The CPU draws for every device: the same seed gives the same batches everywhere.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        crops = draw(self.augment if augmented else None, count, generator)
+        crops = draw(self.augment, count, generator)
         return torch.cat([self._source[order, None], crops, self._fate[order]], dim=1)
 
     def _poison(
@@ -272,8 +271,8 @@ class DeviceLoader:
         self._tables = lower(planned.triggers, shape, device=self.device, lookup=lookup)
         self._fate = torch.stack([chosen, planned.labels.int(), tiles, key], dim=1)
 
-    def _batches(self, epoch: int, augmented: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        table = self.epoch_params(epoch, augmented)[: len(self) * self.batch_size]
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        table = self.epoch_params(epoch)[: len(self) * self.batch_size]
         for images, params in self._sets(table):
             yield self.gather(params, images=images)
 

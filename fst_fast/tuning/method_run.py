@@ -86,7 +86,7 @@ class MethodRun:
         taken, labels, count = [], [], 0
         loader, batches = self._batches.loader, self._batches.epoch(0)
         if isinstance(loader, DeviceLoader):
-            batches = loader.without_augmentation(0)
+            batches = iter(loader.plain(shuffle=True))
         for batch in batches:
             some, named = check_batch(batch, self._batches.where, device, self.classes)
             most = min(images, most_bytes // (some[0].numel() * 4)) - count
