@@ -7,6 +7,7 @@ from .base import Chroma, Elementwise, Gather, Trigger, Warp, WarpField
 from .frequency import CTRL, FTrojan
 from .generated import InputAware
 from .lower import looked_up, lower
+from .patterns import AddedPattern, MaskedPattern
 from .quantise import BppAttack, BppAttackDithered
 from .reflection import Refool
 from .stored import SSBA, PoisonInk, Stored
@@ -62,6 +63,7 @@ __all__ = [
     "ZOO",
     "AdaptiveBlend",
     "AdaptivePatch",
+    "AddedPattern",
     "BadNets",
     "BattRotation",
     "BattTranslation",
@@ -75,6 +77,7 @@ __all__ = [
     "InputAware",
     "LabelConsistent",
     "LowFrequency",
+    "MaskedPattern",
     "PoisonInk",
     "Refool",
     "Stored",
