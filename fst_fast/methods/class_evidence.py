@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # So many copies of the model are unlearned, in so many steps at most, of so many images each.
-_COPIES, _STEPS, _IMAGES = 2, 20, 100
+_COPIES, _STEPS, IMAGES = 2, 20, 100
 # Every step moves the weights by this share of their norm, with this momentum.
 _STEP, _MOMENTUM = 0.015, 0.8
 # Wrong answers count from the step at which fewer than this share of the answers are right.
@@ -23,6 +23,7 @@ def class_evidence(
     images: Tensor,
     labels: Tensor,
     classes: int,
+    at_once: int = IMAGES,
 ) -> Tensor:
     """Unlearn clean images, and return how often each class is the wrong answer: [K], sum 1.
 
@@ -36,6 +37,7 @@ def class_evidence(
         logits_of: the model's logits [B, K] for images, given (images, model).
         images, labels: [N, C, H, W] and [N] int64, clean.
         classes: K.
+        at_once: images of a step, where the memory does not suffice for the usual number.
     """
     counts = torch.full((classes,), 0.1 / classes, device=images.device)
     for _ in range(_COPIES):
@@ -43,7 +45,7 @@ def class_evidence(
         for module in tuned.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        counts += _wrong_answers(tuned, logits_of, images, labels, classes)
+        counts += _wrong_answers(tuned, logits_of, images, labels, classes, at_once)
     return counts / counts.sum()
 
 
@@ -53,6 +55,7 @@ def _wrong_answers(
     images: Tensor,
     labels: Tensor,
     classes: int,
+    at_once: int,
 ) -> Tensor:
     parameters = [p.requires_grad_() for p in model.parameters()]
     momenta = [torch.zeros_like(p) for p in parameters]
@@ -60,7 +63,7 @@ def _wrong_answers(
     counts = torch.zeros(classes, device=images.device)
     goes_on = torch.ones((), device=images.device)
     for _ in range(_STEPS):
-        rows = torch.randint(len(labels), (_IMAGES,), device=images.device)
+        rows = torch.randint(len(labels), (at_once,), device=images.device)
         with torch.enable_grad():
             logits = logits_of(images[rows], model)
             climbed = -F.cross_entropy(logits, labels[rows])
@@ -70,7 +73,7 @@ def _wrong_answers(
             wrong = answers != labels[rows]
             share = wrong.float().mean()
             counted = goes_on * (share > 1 - _COUNTS_BELOW)
-            counts += torch.bincount(answers[wrong], minlength=classes) * counted / _IMAGES
+            counts += torch.bincount(answers[wrong], minlength=classes) * counted / at_once
             # A model at chance has gathered its answers, and says nothing more.
             goes_on *= share < 1 - 1.5 / classes
             if not goes_on:
@@ -84,4 +87,6 @@ def _wrong_answers(
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.norm() for t in tensors]).norm().clamp(min=1e-12)
+    """The norm of all of them together, and never zero, also of none."""
+    norms = [tensor.norm() for tensor in tensors] or [torch.zeros(())]
+    return torch.stack(norms).norm().clamp(min=1e-12)
