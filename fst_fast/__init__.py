@@ -16,11 +16,15 @@ from .tuning.compare import Compared, Comparison, compare
 from .tuning.many import Outcome, purify_many
 from .tuning.purify import purify
 from .tuning.result import HeadShift, PurifyResult
+from .tuning.search import search
+from .tuning.search_candidates import Candidate
+from .tuning.search_result import SearchResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Augment",
+    "Candidate",
     "Compared",
     "Comparison",
     "DeviceLoader",
@@ -30,6 +34,7 @@ __all__ = [
     "Metrics",
     "Outcome",
     "PurifyResult",
+    "SearchResult",
     "attach",
     "compare",
     "evaluate",
@@ -40,6 +45,7 @@ __all__ = [
     "ops",
     "purify",
     "purify_many",
+    "search",
     "triggers",
 ]
 

@@ -75,6 +75,21 @@ def evaluate(**given):
     fst_fast.evaluate(made.pop("model"), made.pop("loader"), **made)
 
 
+def search(**given):
+    made = {"model": make_model(), "loader": BATCHES, "forms": ("mask",), **given}
+    fixed = {"progress": False, "device": "cpu", "precision": "fp32"}
+    fst_fast.search(made.pop("model"), made.pop("loader"), **{**fixed, **made})
+
+
+def masked_pattern(**given):
+    made = {"mask": BYTES[0, ..., :1], "pattern": BYTES[0], **given}
+    triggers.MaskedPattern(**made).apply(BYTES)
+
+
+def added_pattern(**given):
+    triggers.AddedPattern(**{"pattern": BYTES[0].short(), **given}).apply(BYTES)
+
+
 def evaluate_triggered(**given):
     loader = fst_fast.DeviceLoader(BYTES, LABELS, 3, shuffle=False)
     made = {"trigger": triggers.BadNets(size=2), "target": 1, **given}
@@ -130,6 +145,12 @@ VERBS = {
     "purify": (purify, list(PURIFY)),
     "purify_many": (purify_many, ["models", "loader", "arch", "num_classes", "each", "seed"]),
     "evaluate": (evaluate, ["model", "loader", "normalize", "device", "precision"]),
+    "search": (
+        search,
+        ["model", "loader", "forms", "classes", "steps", "normalize", "device", "seed", "progress"],
+    ),
+    "MaskedPattern": (masked_pattern, ["mask", "pattern"]),
+    "AddedPattern": (added_pattern, ["pattern"]),
     "evaluate with a trigger": (evaluate_triggered, ["trigger", "target", "normalize"]),
     "DeviceLoader": (
         device_loader,
@@ -161,8 +182,9 @@ def refusal_of(call, arguments):
     return None
 
 
+SLOW = ("purify", "purify_many", "search")
 # Here a large number is a long run, and not a wrong one.
-LARGE = ("epochs", "threads", "num_classes", "grid")
+LARGE = ("epochs", "threads", "num_classes", "grid", "steps")
 # Other words under which a message may name an argument.
 NAMES = {
     "validation": "validation",
@@ -186,7 +208,7 @@ def test_a_call_works_or_is_refused_by_name(verb, argument, tmp_path_factory):
     place = tmp_path_factory.mktemp("resume")
 
     @settings(
-        max_examples=max(5, EXAMPLES // 8 if "purify" in verb else EXAMPLES // 2),
+        max_examples=max(5, EXAMPLES // 8 if verb in SLOW else EXAMPLES // 2),
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
@@ -202,7 +224,7 @@ def test_a_call_works_or_is_refused_by_name(verb, argument, tmp_path_factory):
         model = make_model()
         states = copy.deepcopy(model.state_dict())
         more = {"model": model, "inplace": True} if verb == "purify" else {}
-        if verb == "evaluate":
+        if verb in ("evaluate", "search"):
             more = {"model": model}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -89,9 +89,35 @@ def _change(clean: np.ndarray, triggered: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _data(image: np.ndarray) -> str:
     """A ``data:`` address of [H, W, C] uint8."""
+    return "data:image/png;base64," + base64.b64encode(_png(image, SIDE)).decode()
+
+
+def _png(image: np.ndarray, most: int) -> bytes:
+    """The PNG data of [H, W, C] uint8, scaled down where a side is longer than ``most``."""
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[image.shape[-1]]
     picture = Image.fromarray(image[..., 0] if mode == "L" else image, mode)
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((most, most))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def strip(clean: np.ndarray, triggered: np.ndarray) -> bytes:
+    """Draw pairs of images as rows: as it is, triggered, and what the trigger changes, amplified.
+
+    Args:
+        clean, triggered: [n, H, W, C] uint8; C is 1, 3 or 4.
+    Returns:
+        PNG data; small images are enlarged by a whole number.
+    """
+    rows = []
+    for one, other in zip(clean, triggered, strict=True):
+        change = _change(one, other)[0]
+        if change.shape[-1] == 4:
+            # An opacity of no change would hide the change of the colours.
+            change[..., 3] = 255
+        tiles = [np.pad(tile, ((1, 1), (1, 1), (0, 0))) for tile in (one, other, change)]
+        rows.append(np.concatenate(tiles, axis=1))
+    drawn = np.concatenate(rows)
+    times = max(1, SIDE // max(clean.shape[1:3]))
+    return _png(drawn.repeat(times, axis=0).repeat(times, axis=1), max(drawn.shape) * times)
