@@ -1,4 +1,4 @@
-"""The command line: ``fst-fast demo | purify | evaluate | sweep | lab | report | bench | ...``."""
+"""The command line: ``fst-fast demo | search | purify | evaluate | sweep | lab | report | ...``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import checkpoints
 from ..bench import options as bench
 from ..lab.demo import run_demo
 from ..ops import backends
-from . import compare, evaluate, inspect, lab, purify, report, sweep
+from . import compare, evaluate, inspect, lab, purify, report, search, sweep
 from . import triggers as zoo
 
 
@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     demo.set_defaults(run=_demo)
+
+    looked = commands.add_parser("search", help="look for triggers on a suspect checkpoint")
+    search.add_arguments(looked)
 
     tune = commands.add_parser("purify", help="tune a suspect checkpoint on clean images")
     purify.add_arguments(tune)
