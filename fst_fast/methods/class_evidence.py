@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 # So many copies of the model are unlearned, in so many steps at most, of so many images each.
 _COPIES, _STEPS, IMAGES = 2, 20, 100
+MOST_IMAGES = _COPIES * _STEPS * IMAGES
 # Every step moves the weights by this share of their norm, with this momentum.
 _STEP, _MOMENTUM = 0.015, 0.8
 # Wrong answers count from the step at which fewer than this share of the answers are right.

@@ -186,13 +186,6 @@ class MaskForm(TriggerForm):
         mask, pattern = parameters
         return images + mask * _like(strength, mask) * (pattern - images)
 
-    @torch.no_grad()
-    def start_from(self, which: Tensor, masks: Tensor, patterns: Tensor) -> None:
-        """Let the triggers of the mask ``which`` [P] go on from these [P, ...], nearly grown."""
-        for parameter, value in zip(self.parameters, (masks, patterns), strict=True):
-            parameter.copy_(torch.where(_like(which, parameter), value, parameter))
-        self.age.masked_fill_(which, 0.8 * ANNEAL)
-
     def varied(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Some of them keep the place: where the mask is, grown by a pixel, other contents.
 

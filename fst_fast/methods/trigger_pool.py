@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import trigger_like
-from .trigger_forms import ANNEAL, MaskForm, Register, TriggerForm
+from .trigger_forms import ANNEAL, Register, TriggerForm
 
 # A trigger below this success has failed: the model resists it, or it never worked.
 _FAILED = 0.2
 # So has one far behind the best of its form.
 _FAR_BEHIND = 0.5
-# Free triggers choose a class by how open it is, to this power, but for a share drawn evenly.
-_CHOOSES, _EVENLY = 4, 0.3
+# Triggers are drawn for a class by the evidence that it is a target and by how open it is, each to
+# its power, and for a share evenly.
+_BY_EVIDENCE, _EVIDENCE_POWER = 0.7, 2
+_OPENNESS_POWER = 4
+_EVENLY = 0.2
 # The openness that is found of a class fades by epochs; that on the suspect never does.
 _FADES, _FROM_SUSPECT = 0.9, 0.5
 # Triggers are shown by their openness to this power, and a little more each.
 _SHOWS, _AT_LEAST = 2, 0.05
+# A form is shown on all of its images if its best openness on the suspect was this, and on fewer
+# where it was less, down to a share.
+_OPEN, _LEAST_SHARE = 0.5, 0.25
 # So many of the triggers that are shown are weakened, down to half.
 _WEAKENED = 0.5
-# So many random small patches are tried, on so many images each; the best of each class is where
-# some of the masks that are drawn anew start from.
-_SCANNED, _SCANNED_ON, _FROM_SCAN = 128, 8, 0.5
 
 
 class TriggerPool:
@@ -36,35 +38,34 @@ class TriggerPool:
     Args:
         forms: with the same count, shape and device.
         classes: of the model.
-        fixed: how many triggers of a form keep their class; the others take up open ones.
         ring: how many earlier states are kept.
+    Attributes:
+        evidence: [K], that each class is the target; sums to 1, and is even until :meth:`aim`.
     """
 
-    def __init__(self, forms: Sequence[TriggerForm], classes: int, fixed: int, ring: int) -> None:
+    def __init__(self, forms: Sequence[TriggerForm], classes: int, ring: int) -> None:
         self.forms, self.classes = list(forms), classes
         self.count, self.device = forms[0].count, forms[0].device
-        self._free = torch.arange(self.count, device=self.device) >= fixed
+        self.evidence = torch.full((classes,), 1 / classes, device=self.device)
         self._ring = ring
         # Each form notes how open it found each class lately, and on the suspect.
         self._open = torch.zeros(len(forms), classes, device=self.device)
         self._open_at_first = torch.zeros_like(self._open)
+        # The share of its images that carry each form's triggers.
+        self._share = torch.ones(len(forms), device=self.device)
         self._earlier = [
             [p.repeat(ring, *[1] * (p.dim() - 1)) for p in form.parameters] for form in self.forms
         ]
         self._weights = torch.zeros(len(forms), ring * self.count, device=self.device)
-        channels, *sides = forms[0].shape
-        # Each class has the patch that a scan found best.
-        self._best_masks = torch.zeros(classes, 1, *sides, device=self.device)
-        self._best_patterns = torch.zeros(classes, channels, *sides, device=self.device)
         for form in self.forms:
             form.target.copy_(torch.arange(self.count, device=self.device) % classes)
 
     def register(self, register: Register) -> None:
+        register("evidence", self.evidence)
         register("open", self._open)
         register("open_at_first", self._open_at_first)
+        register("share", self._share)
         register("weights", self._weights)
-        register("best_masks", self._best_masks)
-        register("best_patterns", self._best_patterns)
         for form, earlier in zip(self.forms, self._earlier, strict=True):
             form.register(register)
             for number, tensor in enumerate(earlier):
@@ -140,26 +141,24 @@ class TriggerPool:
             form.openness.copy_(self._mean((answers == target).float(), others))
 
     @torch.no_grad()
-    def scan(self, logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> None:
-        """Try random small patches, and keep the best for each class; arguments as of search()."""
-        blank = images.new_empty(_SCANNED, *images.shape[1:])
-        masks, patterns = trigger_like.places(blank).to(images.dtype), trigger_like.contents(blank)
-        rows = torch.randint(len(labels), (_SCANNED * _SCANNED_ON,), device=self.device)
-        mask, pattern = (t.repeat_interleave(_SCANNED_ON, 0) for t in (masks, patterns))
-        logits = logits_of(torch.lerp(images[rows], pattern, mask.expand_as(pattern)))
-        likely = F.log_softmax(logits, 1).clamp(min=-8)
-        others = labels[rows][:, None] != torch.arange(self.classes, device=self.device)
-        score = (likely * others).view(_SCANNED, _SCANNED_ON, self.classes).mean(1)
-        best = score.argmax(0)
-        self._best_masks.copy_(masks[best])
-        self._best_patterns.copy_(patterns[best])
+    def aim(self, evidence: Tensor) -> None:
+        """Take the evidence [K], and draw the class of two triggers in three by it."""
+        self.evidence.copy_(evidence)
+        aimed = 2 * self.count // 3
+        for form in self.forms:
+            form.target[:aimed].copy_(_drawn_by(self._by_evidence(), aimed))
+
+    def _by_evidence(self) -> Tensor:
+        weights = self.evidence**_EVIDENCE_POWER
+        return weights / weights.sum()
 
     @torch.no_grad()
     def restart(self, first: bool = False) -> None:
-        """Draw grown triggers that have failed anew; free ones take up classes that are open.
+        """Draw grown triggers that have failed anew, for classes that may be open.
 
         Args:
-            first: the model is the suspect itself.
+            first: the model is the suspect itself; what does not work there with half of its
+                budget has failed.
         """
         for form, latest, at_first in zip(self.forms, self._open, self._open_at_first, strict=True):
             grown = (form.age >= ANNEAL).float()
@@ -168,18 +167,23 @@ class TriggerPool:
             latest.copy_(torch.maximum(found, _FADES * latest))
             if first:
                 at_first.copy_(found)
-            weights = (_FROM_SUSPECT * at_first + (1 - _FROM_SUSPECT) * latest) ** _CHOOSES
-            weights = weights / weights.sum().clamp(min=1e-6) + _EVENLY / self.classes
-            best = (form.success * grown).max()
-            worst = (form.success < _FAILED) | (form.success < _FAR_BEHIND * best)
-            failed = self._free if first else (form.age >= ANNEAL + 4) & worst
-            chosen = _drawn_by(weights, self.count)
-            form.target.copy_(torch.where(failed & self._free, chosen, form.target))
+            works = form.openness if first else form.success
+            best = (works * grown).max()
+            failed = (works < _FAILED) | (works < _FAR_BEHIND * best)
+            if not first:
+                failed &= form.age >= ANNEAL + 4
+            chosen = _drawn_by(self._class_weights(latest, at_first), self.count)
+            form.target.copy_(torch.where(failed, chosen, form.target))
             form.draw_anew(failed)
-            if type(form) is MaskForm:
-                seeded = failed & (torch.rand(self.count, device=self.device) < _FROM_SCAN)
-                at = form.target
-                form.start_from(seeded, self._best_masks[at], self._best_patterns[at])
+        if first:
+            self._share.copy_((self._open_at_first.amax(1) / _OPEN).clamp(_LEAST_SHARE, 1))
+
+    def _class_weights(self, latest: Tensor, at_first: Tensor) -> Tensor:
+        """Return the weights [K] of the classes in a draw, of their openness now and at first."""
+        weights = (_FROM_SUSPECT * at_first + (1 - _FROM_SUSPECT) * latest) ** _OPENNESS_POWER
+        weights = weights / weights.sum().clamp(min=1e-6)
+        weights = torch.lerp(weights, self._by_evidence(), _BY_EVIDENCE)
+        return weights + _EVENLY / self.classes
 
     @torch.no_grad()
     def remember(self, number: int) -> None:
@@ -205,8 +209,8 @@ class TriggerPool:
         sizes = [round(len(images) * form.share / total) for form in self.forms[:-1]]
         parts = images.split([*sizes, len(images) - sum(sizes)])
         out = []
-        for form, part, earlier, weights in zip(
-            self.forms, parts, self._earlier, self._weights, strict=True
+        for form, part, earlier, weights, share in zip(
+            *(self.forms, parts, self._earlier, self._weights, self._share), strict=True
         ):
             count = len(part)
             rows, works = _drawn_if_any(self._preference(form), count - count // 2)
@@ -215,7 +219,8 @@ class TriggerPool:
                 torch.cat([parameter[rows], kept[old]])
                 for parameter, kept in zip(form.parameters, earlier, strict=True)
             ]
-            strength = torch.cat([works, worked]) * _strengths(count, self.device)
+            shown = torch.cat([works, worked]) * (torch.rand(count, device=self.device) < share)
+            strength = shown * _strengths(count, self.device)
             out.append(form.apply(part, form.varied(chosen), strength))
         return torch.cat(out)
 

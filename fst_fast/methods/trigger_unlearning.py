@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Batch, Closure, Method, Run
+from .class_evidence import MOST_IMAGES, class_evidence
 from .trigger_forms import AdditiveForm, MaskForm, PatchForm, TriggerForm, WaveForm
 from .trigger_like import FAMILIES, changed
 from .trigger_pool import TriggerPool
 
-# Each form has a trigger for each class, and some that take up classes that are open.
-_FREE, _MOST = 2, 24
-# So many search steps come before the first epoch, and each further one: half on the suspect.
-_WARM_UP, _EACH_EPOCH = 32, 4
+# Each form has so many triggers.
+_TRIGGERS = 12
+# So many rounds of search steps come before the first epoch; what fails in one is drawn anew.
+_ROUNDS, _ROUND = 2, 32
+# So many search steps come before each further epoch: half on the suspect.
+_EACH_EPOCH = 4
 # So many earlier states of the triggers are kept, in so many bytes.
 _EARLIER, _EARLIER_BYTES = 16, 64 * 2**20
 # So many clean images are kept for the search, in so many bytes.
 _IMAGES, _IMAGE_BYTES = 1024, 256 * 2**20
-# A candidate's success is measured on so many images.
-_MEASURED = 64
+# A candidate's success is measured on so many images, and its openness on the suspect on so many.
+_MEASURED, _MEASURED_AT_FIRST = 64, 30
 FORMS: Mapping[str, type[TriggerForm]] = {
     form.name: form for form in (MaskForm, PatchForm, AdditiveForm, WaveForm)
 }
@@ -36,13 +39,16 @@ _STAMPED = 5
 class TriggerUnlearning(Method):
     """Search triggers on the model while it is tuned, and show them with their true labels.
 
-    A backdoor is a small universal change that makes the answer one class. Such changes are
-    searched by gradients for every class, in several forms (a pattern behind a small mask, solid
-    patches, an added pattern of small norm), before the first epoch and a little before every
-    further one, on the model as it is and on the suspect. What the model has learnt to resist is
-    drawn anew. Half of every batch carries what was found, with the images' true labels: the more
-    often, the better it works with half of its size, as triggers do that were trained in. Otherwise
-    the model is tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
+    A backdoor is a small universal change that makes the answer one class. Which class that may be
+    is told by unlearning clean images on a copy
+    (:func:`~fst_fast.methods.class_evidence.class_evidence`). Such changes are then searched by
+    gradients, most of them for that class, in several forms (a pattern behind a small mask, an
+    added pattern of small norm, stripes and a smooth field), before the first epoch and a little
+    before every further one, on the model as it is and on the suspect. What the model has learnt to
+    resist is drawn anew. Half of every batch carries what was found, with the images' true labels:
+    the more often, the better it works with half of its size, as triggers do that were trained in.
+    A form that finds nothing of that kind on the suspect is shown less. Otherwise the model is
+    tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
 
     The search is that of a universal adversarial perturbation (Moosavi-Dezfooli et al., CVPR 2017,
     arXiv 1610.08401) in the forms of Neural Cleanse (Wang et al., IEEE S&P 2019); tuning against
@@ -57,7 +63,7 @@ class TriggerUnlearning(Method):
             range.
         wave_rms: the same for stripes and smooth fields.
         forms: names in FORMS that are searched. "wave" finds stripes over the whole image, which no
-            other form does, and costs points of accuracy on small networks; it is left out.
+            other form does. "patch", solid small patches, is left out.
         images_per_trigger: clean images in a step of the search, for each trigger.
         left_out: families of random changes that are not used (for experiments that leave the
             attack's own family out): names in fst_fast.methods.trigger_like.FAMILIES.
@@ -71,7 +77,7 @@ class TriggerUnlearning(Method):
     mask_area: float = 0.02
     additive_rms: float = 0.0235
     wave_rms: float = 0.07
-    forms: tuple[str, ...] = ("mask", "patch", "additive")
+    forms: tuple[str, ...] = ("mask", "additive", "wave")
     images_per_trigger: int = 5
     left_out: tuple[str, ...] = ()
 
@@ -105,8 +111,8 @@ class TriggerUnlearning(Method):
 
     def search_images(self, epochs: int, classes: int) -> int:
         """Return how many images the searches of a run pass through the model, there and back."""
-        steps = _WARM_UP + _EACH_EPOCH * (epochs - 1)
-        return steps * len(self.forms) * min(_MOST, classes + _FREE) * self.images_per_trigger
+        steps = _ROUNDS * _ROUND + _EACH_EPOCH * (epochs - 1)
+        return MOST_IMAGES + steps * len(self.forms) * _TRIGGERS * self.images_per_trigger
 
     def begin(self, run: Run) -> None:
         run.memo["search"] = _Search(self, run)
@@ -133,7 +139,7 @@ class _Search:
         self.images = self._unit(images)
         self.suspect = copy.deepcopy(run.model).eval().requires_grad_(False)
         channels, height, width = images.shape[1:]
-        count = min(_MOST, run.classes + _FREE)
+        count = _TRIGGERS
         budgets = {
             "mask": method.mask_area,
             "patch": method.mask_area / _STAMPED,
@@ -146,8 +152,7 @@ class _Search:
         ]
         state_bytes = count * sum(p[0].numel() * 4 for form in forms for p in form.parameters)
         ring = max(2, min(_EARLIER, _EARLIER_BYTES // state_bytes))
-        fixed = run.classes if run.classes < count else 0
-        self.pool = TriggerPool(forms, run.classes, fixed, ring)
+        self.pool = TriggerPool(forms, run.classes, ring)
         # These were found on the suspect, and are tried again on the tuned model.
         self.first = [[p.clone() for p in form.parameters] for form in forms]
         self.first_target = [form.target.clone() for form in forms]
@@ -179,7 +184,9 @@ class _Search:
     def _measure(self) -> None:
         each = 2 * self.method.images_per_trigger
         self.pool.measure(self._logits, self.images, self.labels, each)
-        self.pool.scan(self._logits, self.images, self.labels)
+
+    def _measure_at_first(self) -> None:
+        self.pool.measure(self._logits, self.images, self.labels, _MEASURED_AT_FIRST)
 
     def before_epoch(self, epoch: int) -> None:
         """Search on; before the first epoch the model is the suspect."""
@@ -193,11 +200,22 @@ class _Search:
                 run.repeat("search", self._step, 1)
                 run.repeat("search on the suspect", self._step_on_suspect, 1)
             return
-        run.repeat("search", self._step, _WARM_UP)
-        run.repeat("measure", self._measure, 1)
+        self.pool.aim(self._evidence())
+        for number in range(_ROUNDS):
+            if number:
+                self.pool.restart(first=True)
+            run.repeat("search", self._step, _ROUND)
+            run.repeat("measure on the suspect", self._measure_at_first, 1)
         self._keep_first()
         self.pool.remember(0)
         self.pool.restart(first=True)
+
+    def _evidence(self) -> Tensor:
+        def logits(images: Tensor, model: nn.Module) -> Tensor:
+            return self.run.logits(images * self.span + self.low, model)
+
+        run = self.run
+        return class_evidence(run.model, logits, self.images, self.labels, run.classes)
 
     def _keep_first(self) -> None:
         """Keep what was found on the suspect, and its success there."""

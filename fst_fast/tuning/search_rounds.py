@@ -110,7 +110,7 @@ class SearchRounds:
     def _step(self, rows: Mapping[str, Tensor], steps: int) -> None:
         count = len(next(iter(rows.values())))
         small = {name: self._made(self._kinds[name], count) for name in rows}
-        pool = TriggerPool(list(small.values()), count, count, 1)
+        pool = TriggerPool(list(small.values()), count, 1)
         pairs = [
             (tensor, _state(self.forms[name])[part], some)
             for name, some in rows.items()

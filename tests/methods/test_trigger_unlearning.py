@@ -85,7 +85,7 @@ class Corner(nn.Module):
 
 def searched(steps=ANNEAL + 4):
     torch.manual_seed(0)
-    pool = TriggerPool([MaskForm(6, SHAPE, 0.06, CPU)], 4, 4, 3)
+    pool = TriggerPool([MaskForm(6, SHAPE, 0.06, CPU)], 4, 3)
     images, labels = torch.rand(64, *SHAPE) * 0.8, torch.arange(64) % 4
     for _ in range(steps):
         pool.search(Corner(), images, labels, 8)
@@ -104,18 +104,28 @@ def test_the_search_finds_the_planted_corner():
     assert pattern[:, -2:, -2:].mean() > 0.8, "and its pattern is white"
 
 
-def test_free_triggers_take_up_the_open_class():
+def test_triggers_that_fail_go_where_the_evidence_and_the_open_classes_are():
     pool = searched()
     (form,) = pool.forms
-    form.openness.copy_((form.target == 2).float())
+    planted = form.target == 2
+    form.openness.copy_(planted.float())
+    kept = form.parameters[0][planted].clone()
+    pool.evidence.copy_(torch.tensor([0.1, 0.7, 0.1, 0.1]))
     pool.restart(first=True)
-    assert form.target[:4].tolist() == [0, 1, 2, 3], "a fixed one keeps its class"
-    assert (form.age[4:] < ANNEAL).all()
-    taken = [form.target[4:].tolist()]
-    for _ in range(20):
+    assert torch.equal(form.parameters[0][planted], kept), "what works is kept"
+    assert (form.age[~planted] < ANNEAL).all(), "the others are drawn anew"
+    taken = []
+    for _ in range(40):
         pool.restart(first=True)
-        taken.append(form.target[4:].tolist())
-    assert sum(two.count(2) for two in taken) > 20, "most choose the open class"
+        taken += form.target[~planted].tolist()
+    assert taken.count(1) > taken.count(2) > taken.count(0), "by the evidence, then by what is open"
+    assert {0, 3} <= set(taken), "no class is left out"
+
+
+def test_two_triggers_in_three_are_aimed_by_the_evidence():
+    pool = TriggerPool([MaskForm(6, SHAPE, 0.06, CPU)], 50, 3)
+    pool.aim(torch.nn.functional.one_hot(torch.tensor(40), 50).float())
+    assert pool.forms[0].target.tolist() == [40, 40, 40, 40, 4, 5]
 
 
 def test_what_works_is_shown_and_nothing_else():
