@@ -6,7 +6,8 @@ FOLDER holds suspects.py with ``SUSPECTS``, a mapping by name, and ``load(name)`
 (model, (mean, std), trigger, target): the trigger takes and returns uint8 [N, H, W, C] arrays, and
 is None for a model that was never backdoored. DATA holds train.npz and test.npz. A method is NAME
 or NAME:EPOCHS; fst:NUMBER is FST with that alpha, auto what alpha="auto" runs. A row is written as
-soon as it is there, and rows that are there are not made again.
+soon as it is there, and rows that are there are not made again. --others takes the rows of other
+methods over from an older record of the same protocol, each with its commit and device.
 """
 
 import argparse
@@ -93,6 +94,14 @@ def rows_of(options, module, clean, test):
                 yield facts, lambda f=facts: purified(f, module, clean, test, options)
 
 
+def taken_over(older, record, methods):
+    """Rows of an older record whose methods are not measured anew."""
+    if older["protocol"] != record["protocol"]:
+        raise SystemExit(f"--others: must be of the protocol {record['protocol']}")
+    origin = {"commit": older["commit"], "device": older["device"]}
+    return [{**origin, **row} for row in older["rows"] if row["method"] not in (*methods, "none")]
+
+
 def _loaded(module, name, test):
     model, normalize, trigger, target = module.load(name)
     return model, test, normalize, trigger, target
@@ -125,6 +134,7 @@ def main():
     parser.add_argument("--precision", default="fp32" if not torch.cuda.is_available() else "auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--record", type=Path, required=True, help="FILE.json, added to")
+    parser.add_argument("--others", type=Path, help="an older record with rows of other methods")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -150,6 +160,9 @@ def main():
     }
     if options.record.exists():
         record = json.loads(options.record.read_text())
+    elif options.others:
+        older = json.loads(options.others.read_text())
+        record["rows"] = taken_over(older, record, options.methods)
     done = [{key: row[key] for key in ("suspect", "method", "seed")} for row in record["rows"]]
     for facts, make in rows_of(options, module, clean, test):
         if facts in done:

@@ -75,9 +75,12 @@ def suspects():
         ]
         protocol = record["protocol"]
         seeds = len({row["seed"] for row in record["rows"]} - {None})
+        older = {row["method"]: row["commit"] for row in record["rows"] if "commit" in row}
+        named = [f"{method} at {commit[:7]}" for method, commit in older.items()]
         title = (
             f"{protocol['clean_images']} clean images, {protocol['test_images']} test images, "
-            f"{seeds} seed{'s' * (seeds != 1)}, {record['date']}, {commit_of(record)}:"
+            f"{seeds} seed{'s' * (seeds != 1)}, {record['date']}, "
+            f"{', '.join([commit_of(record), *named])}:"
         )
         parts.append(f"{title}\n\n{markdown(['suspect', *methods], rows)}")
     return "\n\n".join(parts) or "Not yet measured."

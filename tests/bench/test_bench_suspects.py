@@ -86,6 +86,28 @@ def test_rows_are_measured_kept_and_tabulated(folder, monkeypatch):
     assert f"| {100 * clean:.1f} |" in text
 
 
+def test_rows_of_other_methods_are_taken_over(folder, monkeypatch):
+    old = run(folder, monkeypatch, "ft:1", "fst:0.1")
+    older = folder / "older.json"
+    (folder / "record.json").rename(older)
+    record = run(folder, monkeypatch, "ft:1", "--others", str(older))
+    taken = [row for row in record["rows"] if "commit" in row]
+    assert {row["method"] for row in taken} == {"fst:0.1"}
+    assert {row["commit"] for row in taken} == {old["commit"]}
+    assert len(record["rows"]) == len(taken) + 4, "the others are measured anew"
+    (folder / "cpu").mkdir()
+    (folder / "record.json").rename(folder / "cpu" / "2026-01-01-suspects.json")
+    monkeypatch.setattr(tables, "RESULTS", folder)
+    assert f"fst:0.1 at {old['commit'][:7]}:" in tables.suspects()
+
+
+def test_rows_of_another_protocol_are_not_taken_over(folder, monkeypatch):
+    older = {"protocol": {}, "rows": []}
+    (folder / "older.json").write_text(json.dumps(older))
+    with pytest.raises(SystemExit, match="must be of the protocol"):
+        run(folder, monkeypatch, "ft:1", "--others", str(folder / "older.json"))
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
