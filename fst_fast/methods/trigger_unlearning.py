@@ -72,7 +72,7 @@ class TriggerUnlearning(Method):
     name: ClassVar[str] = "trigger_unlearning"
     epochs_factor: ClassVar[int] = 4
 
-    found: float = 0.5
+    found: float = 0.3
     random: float = 0.0
     mask_area: float = 0.02
     additive_rms: float = 0.0235
