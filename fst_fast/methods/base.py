@@ -181,6 +181,10 @@ class Run(Protocol):
         """Average the weights over this share of the epochs, at the end of the run."""
 
     @property
+    def batch_size(self) -> int:
+        """Return how many images the loader's first batch has."""
+
+    @property
     def goes_on_within(self) -> bool:
         """Return whether the epoch that begins was interrupted, and goes on."""
 

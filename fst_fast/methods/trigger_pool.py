@@ -39,12 +39,15 @@ class TriggerPool:
         forms: with the same count, shape and device.
         classes: of the model.
         ring: how many earlier states are kept.
+        at_once: images that the model takes in one batch, where a form's triggers allow it.
     Attributes:
         evidence: [K], that each class is the target; sums to 1, and is even until :meth:`aim`.
     """
 
-    def __init__(self, forms: Sequence[TriggerForm], classes: int, ring: int) -> None:
-        self.forms, self.classes = list(forms), classes
+    def __init__(
+        self, forms: Sequence[TriggerForm], classes: int, ring: int, at_once: int = 512
+    ) -> None:
+        self.forms, self.classes, self.at_once = list(forms), classes, at_once
         self.count, self.device = forms[0].count, forms[0].device
         self.evidence = torch.full((classes,), 1 / classes, device=self.device)
         self._ring = ring
@@ -79,10 +82,10 @@ class TriggerPool:
         each: int,
         counts: bool = True,
     ) -> None:
-        """Take one step of every trigger against the model, all of them in one batch.
+        """Take one step of every trigger against the model.
 
         Minimises the cross-entropy of the model's answers to the trigger's class, on images of
-        other classes.
+        other classes. Forms share a batch as far as ``at_once`` allows.
 
         Args:
             logits_of: the model, for images [B, C, H, W] in 0..1; logits [B, K] float32.
@@ -92,18 +95,34 @@ class TriggerPool:
             counts: whether the answers count towards the triggers' success.
         """
         rows = torch.randint(len(labels), (len(self.forms), self.count * each), device=self.device)
-        full = torch.ones(self.count * each, device=self.device)
+        together = max(1, self.at_once // (self.count * each))
+        for first in range(0, len(self.forms), together):
+            some = slice(first, first + together)
+            self._search(self.forms[some], rows[some], logits_of, images, labels, counts)
+
+    def _search(
+        self,
+        forms: Sequence[TriggerForm],
+        rows: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        counts: bool,
+    ) -> None:
+        """Take a step of these forms, in one batch, on the images of rows [forms, P * each]."""
+        each = rows.shape[1] // self.count
+        full = torch.ones(rows.shape[1], device=self.device)
         leaves, shown = [], []
         with torch.enable_grad():
-            for form, drawn in zip(self.forms, rows, strict=True):
+            for form, drawn in zip(forms, rows, strict=True):
                 own = [p.detach().requires_grad_() for p in form.parameters]
                 leaves.append(own)
                 shown.append(
                     form.apply(images[drawn], [p.repeat_interleave(each, 0) for p in own], full)
                 )
-            logits = logits_of(torch.cat(shown)).split(self.count * each)
+            logits = logits_of(torch.cat(shown)).split(rows.shape[1])
             losses, rates = [], []
-            for form, drawn, answers in zip(self.forms, rows, logits, strict=True):
+            for form, drawn, answers in zip(forms, rows, logits, strict=True):
                 target = form.target.repeat_interleave(each)
                 others = (labels[drawn] != target).float()
                 loss = F.cross_entropy(answers, target, reduction="none")
@@ -112,7 +131,7 @@ class TriggerPool:
             flat = [p for own in leaves for p in own]
             gradients = list(torch.autograd.grad(torch.stack(losses).sum(), flat))
         with torch.no_grad():
-            for form, rate in zip(self.forms, rates, strict=True):
+            for form, rate in zip(forms, rates, strict=True):
                 form.descend([gradients.pop(0) for _ in form.parameters])
                 if counts:
                     form.success.lerp_(rate, 0.3)
@@ -136,7 +155,8 @@ class TriggerPool:
             rows = torch.randint(len(labels), (self.count * each,), device=self.device)
             half = [p.repeat_interleave(each, 0) for p in form.halved()]
             target = form.target.repeat_interleave(each)
-            answers = logits_of(form.apply(images[rows], half, full)).argmax(1)
+            shown = form.apply(images[rows], half, full).split(self.at_once)
+            answers = torch.cat([logits_of(part).argmax(1) for part in shown])
             others = (labels[rows] != target).float()
             form.openness.copy_(self._mean((answers == target).float(), others))
 

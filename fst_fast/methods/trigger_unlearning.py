@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Batch, Closure, Method, Run
-from .class_evidence import MOST_IMAGES, class_evidence
+from .class_evidence import IMAGES, MOST_IMAGES, class_evidence
 from .trigger_forms import AdditiveForm, MaskForm, PatchForm, TriggerForm, WaveForm
 from .trigger_like import FAMILIES, changed
 from .trigger_pool import TriggerPool
@@ -26,6 +26,8 @@ _EACH_EPOCH = 4
 _EARLIER, _EARLIER_BYTES = 16, 64 * 2**20
 # So many clean images are kept for the search, in so many bytes.
 _IMAGES, _IMAGE_BYTES = 1024, 256 * 2**20
+# Small images go through the model so many at once at least; others as many as a batch has.
+_AT_ONCE, _SMALL = 256, 64 * 64
 # A candidate's success is measured on so many images, and its openness on the suspect on so many.
 _MEASURED, _MEASURED_AT_FIRST = 64, 30
 FORMS: Mapping[str, type[TriggerForm]] = {
@@ -45,7 +47,7 @@ class TriggerUnlearning(Method):
     gradients, most of them for that class, in several forms (a pattern behind a small mask, an
     added pattern of small norm, stripes and a smooth field), before the first epoch and a little
     before every further one, on the model as it is and on the suspect. What the model has learnt to
-    resist is drawn anew. Half of every batch carries what was found, with the images' true labels:
+    resist is drawn anew. Part of every batch carries what was found, with the images' true labels:
     the more often, the better it works with half of its size, as triggers do that were trained in.
     A form that finds nothing of that kind on the suspect is shown less. Otherwise the model is
     tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
@@ -64,7 +66,8 @@ class TriggerUnlearning(Method):
         wave_rms: the same for stripes and smooth fields.
         forms: names in FORMS that are searched. "wave" finds stripes over the whole image, which no
             other form does. "patch", solid small patches, is left out.
-        images_per_trigger: clean images in a step of the search, for each trigger.
+        images_per_trigger: clean images in a step of the search, for each trigger; fewer where the
+            loader's batches are small and its images are not.
         left_out: families of random changes that are not used (for experiments that leave the
             attack's own family out): names in fst_fast.methods.trigger_like.FAMILIES.
     """
@@ -152,7 +155,10 @@ class _Search:
         ]
         state_bytes = count * sum(p[0].numel() * 4 for form in forms for p in form.parameters)
         ring = max(2, min(_EARLIER, _EARLIER_BYTES // state_bytes))
-        self.pool = TriggerPool(forms, run.classes, ring)
+        most = max(run.batch_size, _AT_ONCE) if height * width <= _SMALL else run.batch_size
+        self.each = max(1, min(method.images_per_trigger, most // count))
+        self.at_once = max(most, count)
+        self.pool = TriggerPool(forms, run.classes, ring, self.at_once)
         # These were found on the suspect, and are tried again on the tuned model.
         self.first = [[p.clone() for p in form.parameters] for form in forms]
         self.first_target = [form.target.clone() for form in forms]
@@ -174,16 +180,13 @@ class _Search:
         return self.run.logits(images * self.span + self.low, self.suspect)
 
     def _step(self) -> None:
-        each = self.method.images_per_trigger
-        self.pool.search(self._logits, self.images, self.labels, each)
+        self.pool.search(self._logits, self.images, self.labels, self.each)
 
     def _step_on_suspect(self) -> None:
-        each = self.method.images_per_trigger
-        self.pool.search(self._suspect_logits, self.images, self.labels, each, counts=False)
+        self.pool.search(self._suspect_logits, self.images, self.labels, self.each, counts=False)
 
     def _measure(self) -> None:
-        each = 2 * self.method.images_per_trigger
-        self.pool.measure(self._logits, self.images, self.labels, each)
+        self.pool.measure(self._logits, self.images, self.labels, 2 * self.each)
 
     def _measure_at_first(self) -> None:
         self.pool.measure(self._logits, self.images, self.labels, _MEASURED_AT_FIRST)
@@ -215,7 +218,10 @@ class _Search:
             return self.run.logits(images * self.span + self.low, model)
 
         run = self.run
-        return class_evidence(run.model, logits, self.images, self.labels, run.classes)
+        return class_evidence(
+            *(run.model, logits, self.images, self.labels, run.classes),
+            at_once=min(IMAGES, self.at_once),
+        )
 
     def _keep_first(self) -> None:
         """Keep what was found on the suspect, and its success there."""

@@ -77,6 +77,11 @@ class MethodRun:
     def goes_on_within(self) -> bool:
         return self.position.within
 
+    @property
+    def batch_size(self) -> int:
+        assert self._batches is not None
+        return len(self._batches.first[1])
+
     def register(self, name: str, tensor: torch.Tensor) -> None:
         self.state.add(name, tensor, "other")
 

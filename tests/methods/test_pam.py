@@ -68,7 +68,9 @@ def test_a_deferred_projection_is_no_other_way(monkeypatch):
 def test_searched_triggers_are_shown_as_the_default_shows_them():
     """Without a way back, the rest is trigger_unlearning."""
     ours = quick(make_model(), make_batches(), method=methods.get("pam", rho=0.0, inverted=0.5))
-    theirs = quick(make_model(), make_batches(), method=methods.get("trigger_unlearning"), epochs=1)
+    theirs = quick(
+        make_model(), make_batches(), method=methods.get("trigger_unlearning", found=0.5), epochs=1
+    )
     assert len(ours.findings) == len(theirs.findings) > 0
     first, second = ours.history[0], theirs.history[0]
     assert (first.loss, first.clean_accuracy) == (second.loss, second.clean_accuracy)

@@ -104,6 +104,41 @@ def test_the_search_finds_the_planted_corner():
     assert pattern[:, -2:, -2:].mean() > 0.8, "and its pattern is white"
 
 
+def test_forms_apart_take_the_same_steps_as_together():
+    def pool_of(at_once):
+        torch.manual_seed(3)
+        made = [MaskForm(6, SHAPE, 0.06, CPU), AdditiveForm(6, SHAPE, 0.05, CPU)]
+        pool = TriggerPool(made, 4, 3, at_once)
+        images, labels = torch.rand(64, *SHAPE), torch.arange(64) % 4
+        for _ in range(3):
+            pool.search(Corner(), images, labels, 4)
+        pool.measure(Corner(), images, labels, 4)
+        return pool
+
+    for one, other in zip(pool_of(512).forms, pool_of(24).forms, strict=True):
+        for kept, again in zip(one.parameters, other.parameters, strict=True):
+            torch.testing.assert_close(kept, again)
+        assert torch.equal(one.openness, other.openness)
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 256), (80, 12)])
+def test_large_images_go_through_the_model_few_at_once(side, most):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.sizes = nn.Linear(3, CLASSES), []
+
+        def forward(self, images):
+            self.sizes.append(len(images))
+            return self.head(images.mean((2, 3)))
+
+    batches = [(torch.rand(4, 3, side, side), torch.arange(4) % CLASSES) for _ in range(2)]
+    model = Counting()
+    quick(model, batches, alpha="auto", epochs=1, inplace=True, check=False)
+    # As many as a form has triggers, one image each.
+    assert max(model.sizes) <= most
+
+
 def test_triggers_that_fail_go_where_the_evidence_and_the_open_classes_are():
     pool = searched()
     (form,) = pool.forms
@@ -167,7 +202,7 @@ def test_patches_are_small():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 0.5"),
+        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 0.3"),
         ({"found": 0.8, "random": 0.3}, "found and random must be shares of one batch"),
         ({"images_per_trigger": 0}, "images_per_trigger must be an integer >= 1"),
         ({"left_out": ("patches",)}, "left_out must be names among patch, .* got patches"),
