@@ -51,8 +51,6 @@ class TriggerForm:
     start: ClassVar[float]
     # The budget holds so many of the parameters, counted from the first.
     held: ClassVar[int] = 1
-    # The form is shown in proportion to this weight.
-    share: ClassVar[float] = 3.0
 
     def __init__(
         self, count: int, shape: tuple[int, int, int], budget: float, device: torch.device
@@ -168,7 +166,6 @@ class MaskForm(TriggerForm):
 
     name = "mask"
     start = 10.0
-    share = 4.0
     # These shares of the triggers shown keep their pattern, and keep it saturated.
     kept: ClassVar[float] = 0.6
     saturated: ClassVar[float] = 0.2
@@ -228,7 +225,6 @@ class PatchForm(MaskForm):
     """
 
     name = "patch"
-    share = 3.0
     kept = 1.0
 
     def apply(self, images: Tensor, parameters: Sequence[Tensor], strength: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ _EVENLY = 0.2
 _FADES, _FROM_SUSPECT = 0.9, 0.5
 # Triggers are shown by their openness to this power, and a little more each.
 _SHOWS, _AT_LEAST = 2, 0.05
-# A form is shown on all of its images if its best openness on the suspect was this, and on fewer
-# where it was less, down to a share.
+# Forms are shown by their best openness on the suspect, to this power.
+_FORM_POWER = 2
+# If the best of all was this open, every image given carries a trigger; else fewer do, down to a
+# share.
 _OPEN, _LEAST_SHARE = 0.5, 0.25
 # So many of the triggers that are shown are weakened, down to half.
 _WEAKENED = 0.5
@@ -38,7 +40,7 @@ class TriggerPool:
     Args:
         forms: with the same count, shape and device.
         classes: of the model.
-        ring: how many earlier states are kept.
+        ring: how many earlier states are kept, at least 2.
         at_once: images that the model takes in one batch, where a form's triggers allow it.
     Attributes:
         evidence: [K], that each class is the target; sums to 1, and is even until :meth:`aim`.
@@ -54,8 +56,9 @@ class TriggerPool:
         # Each form notes how open it found each class lately, and on the suspect.
         self._open = torch.zeros(len(forms), classes, device=self.device)
         self._open_at_first = torch.zeros_like(self._open)
-        # The share of its images that carry each form's triggers.
-        self._share = torch.ones(len(forms), device=self.device)
+        # The weights of the forms in a draw, and the share of the images that carry a trigger.
+        self._form_weights = torch.ones(len(forms), device=self.device)
+        self._share = torch.ones((), device=self.device)
         self._earlier = [
             [p.repeat(ring, *[1] * (p.dim() - 1)) for p in form.parameters] for form in self.forms
         ]
@@ -67,6 +70,7 @@ class TriggerPool:
         register("evidence", self.evidence)
         register("open", self._open)
         register("open_at_first", self._open_at_first)
+        register("form_weights", self._form_weights)
         register("share", self._share)
         register("weights", self._weights)
         for form, earlier in zip(self.forms, self._earlier, strict=True):
@@ -196,7 +200,9 @@ class TriggerPool:
             form.target.copy_(torch.where(failed, chosen, form.target))
             form.draw_anew(failed)
         if first:
-            self._share.copy_((self._open_at_first.amax(1) / _OPEN).clamp(_LEAST_SHARE, 1))
+            best_of_form = self._open_at_first.amax(1)
+            self._form_weights.copy_(best_of_form**_FORM_POWER + 1e-6)
+            self._share.copy_((best_of_form.amax() / _OPEN).clamp(_LEAST_SHARE, 1))
 
     def _class_weights(self, latest: Tensor, at_first: Tensor) -> Tensor:
         """Return the weights [K] of the classes in a draw, of their openness now and at first."""
@@ -207,12 +213,13 @@ class TriggerPool:
 
     @torch.no_grad()
     def remember(self, number: int) -> None:
-        """Keep the triggers as they are; the state of ``number`` - ring is forgotten."""
-        place = slice(number % self._ring * self.count, (number % self._ring + 1) * self.count)
+        """Keep the triggers as they are, instead of the oldest; number 0 is kept for good."""
+        place = 1 + (number - 1) % (self._ring - 1) if number else 0
+        rows = slice(place * self.count, (place + 1) * self.count)
         for form, earlier, weights in zip(self.forms, self._earlier, self._weights, strict=True):
             for kept, parameter in zip(earlier, form.parameters, strict=True):
-                kept[place].copy_(parameter)
-            weights[place].copy_(self._preference(form))
+                kept[rows].copy_(parameter)
+            weights[rows].copy_(self._preference(form))
 
     def _preference(self, form: TriggerForm) -> Tensor:
         """Return each trigger's weight in the draw, [P]: 0 before it is nearly of its size."""
@@ -223,26 +230,23 @@ class TriggerPool:
     def show(self, images: Tensor) -> Tensor:
         """Put a trigger on each image [B, C, H, W] in 0..1, half of them earlier states.
 
-        The images are in random order: the first of them carry the first form, and so on.
+        The images are in random order.
         """
-        total = sum(form.share for form in self.forms)
-        sizes = [round(len(images) * form.share / total) for form in self.forms[:-1]]
-        parts = images.split([*sizes, len(images) - sum(sizes)])
-        out = []
-        for form, part, earlier, weights, share in zip(
-            *(self.forms, parts, self._earlier, self._weights, self._share), strict=True
-        ):
-            count = len(part)
+        count = len(images)
+        form_of = _drawn_by(self._form_weights, count)
+        carries = torch.rand(count, device=self.device) < self._share
+        out = images
+        for number, form in enumerate(self.forms):
             rows, works = _drawn_if_any(self._preference(form), count - count // 2)
-            old, worked = _drawn_if_any(weights, count // 2)
+            old, worked = _drawn_if_any(self._weights[number], count // 2)
             chosen = [
                 torch.cat([parameter[rows], kept[old]])
-                for parameter, kept in zip(form.parameters, earlier, strict=True)
+                for parameter, kept in zip(form.parameters, self._earlier[number], strict=True)
             ]
-            shown = torch.cat([works, worked]) * (torch.rand(count, device=self.device) < share)
-            strength = shown * _strengths(count, self.device)
-            out.append(form.apply(part, form.varied(chosen), strength))
-        return torch.cat(out)
+            strength = torch.cat([works, worked]) * carries * _strengths(count, self.device)
+            shown = form.apply(images, form.varied(chosen), strength)
+            out = torch.where((form_of == number)[:, None, None, None], shown, out)
+        return out
 
 
 def _drawn_by(weights: Tensor, count: int) -> Tensor:

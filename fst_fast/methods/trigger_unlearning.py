@@ -47,7 +47,7 @@ class TriggerUnlearning(Method):
     gradients, most of them for that class, in several forms (a pattern behind a small mask, an
     added pattern of small norm, stripes and a smooth field), before the first epoch and a little
     before every further one, on the model as it is and on the suspect. What the model has learnt to
-    resist is drawn anew. Part of every batch carries what was found, with the images' true labels:
+    resist is drawn anew. Half of every batch carries what was found, with the images' true labels:
     the more often, the better it works with half of its size, as triggers do that were trained in.
     A form that finds nothing of that kind on the suspect is shown less. Otherwise the model is
     tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
@@ -75,7 +75,7 @@ class TriggerUnlearning(Method):
     name: ClassVar[str] = "trigger_unlearning"
     epochs_factor: ClassVar[int] = 4
 
-    found: float = 0.3
+    found: float = 0.5
     random: float = 0.0
     mask_area: float = 0.02
     additive_rms: float = 0.0235

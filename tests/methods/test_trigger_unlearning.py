@@ -157,6 +157,49 @@ def test_triggers_that_fail_go_where_the_evidence_and_the_open_classes_are():
     assert {0, 3} <= set(taken), "no class is left out"
 
 
+def test_a_form_is_shown_by_how_open_it_found_the_suspect():
+    made = [MaskForm(4, SHAPE, 0.06, CPU), AdditiveForm(4, SHAPE, 0.05, CPU)]
+    pool = TriggerPool(made, 4, 3)
+    mask = made[0].parameters[0].zero_()
+    mask[..., -2:, -2:] = 1
+    images = torch.full((600, *SHAPE), 0.5)
+
+    def changed_by_form():
+        for form in made:
+            form.success.fill_(1)
+            form.age.fill_(ANNEAL)
+        pool.restart(first=True)
+        for form in made:
+            form.success.fill_(1)
+            form.age.fill_(ANNEAL)
+        pool.remember(0)
+        difference = (pool.show(images) - images).abs().flatten(1)
+        # An added pattern changes nearly all pixels, a mask few.
+        many = (difference > 1e-6).float().mean(1) > 0.8
+        return many.float().mean(), (difference.amax(1) > 1e-6).float().mean()
+
+    made[0].openness.fill_(1.0)
+    made[1].openness.fill_(0.5)
+    added, all_of_them = changed_by_form()
+    assert 0.1 < added < 0.3, "a quarter of the weight, a fifth of the images"
+    assert all_of_them > 0.95
+    for form in made:
+        form.openness.fill_(0.2)
+    _, fewer = changed_by_form()
+    assert 0.3 < fewer < 0.5, "nothing is open: two images in five"
+
+
+def test_what_was_found_on_the_suspect_is_never_forgotten():
+    pool = searched()
+    pool.remember(0)
+    first = pool._earlier[0][0][:6].clone()
+    for number in range(1, 8):
+        pool.forms[0].draw_anew(torch.ones(6, dtype=torch.bool))
+        pool.remember(number)
+    assert torch.equal(pool._earlier[0][0][:6], first)
+    assert torch.equal(pool._earlier[0][0][6:12], pool.forms[0].parameters[0]), "number 7 of 1, 2"
+
+
 def test_two_triggers_in_three_are_aimed_by_the_evidence():
     pool = TriggerPool([MaskForm(6, SHAPE, 0.06, CPU)], 50, 3)
     pool.aim(torch.nn.functional.one_hot(torch.tensor(40), 50).float())
@@ -202,7 +245,7 @@ def test_patches_are_small():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 0.3"),
+        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 0.5"),
         ({"found": 0.8, "random": 0.3}, "found and random must be shares of one batch"),
         ({"images_per_trigger": 0}, "images_per_trigger must be an integer >= 1"),
         ({"left_out": ("patches",)}, "left_out must be names among patch, .* got patches"),
