@@ -157,8 +157,7 @@ class _Search:
         ring = max(2, min(_EARLIER, _EARLIER_BYTES // state_bytes))
         most = max(run.batch_size, _AT_ONCE) if height * width <= _SMALL else run.batch_size
         self.each = max(1, min(method.images_per_trigger, most // count))
-        self.at_once = max(most, count)
-        self.pool = TriggerPool(forms, run.classes, ring, self.at_once)
+        self.pool = TriggerPool(forms, run.classes, ring, max(most, count))
         # These were found on the suspect, and are tried again on the tuned model.
         self.first = [[p.clone() for p in form.parameters] for form in forms]
         self.first_target = [form.target.clone() for form in forms]
@@ -173,11 +172,11 @@ class _Search:
     def _unit(self, images: Tensor) -> Tensor:
         return ((images.float() - self.low) / self.span).clamp(0, 1)
 
-    def _logits(self, images: Tensor) -> Tensor:
-        return self.run.logits(images * self.span + self.low)
+    def _logits(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        return self.run.logits(images * self.span + self.low, model)
 
     def _suspect_logits(self, images: Tensor) -> Tensor:
-        return self.run.logits(images * self.span + self.low, self.suspect)
+        return self._logits(images, self.suspect)
 
     def _step(self) -> None:
         self.pool.search(self._logits, self.images, self.labels, self.each)
@@ -214,13 +213,10 @@ class _Search:
         self.pool.restart(first=True)
 
     def _evidence(self) -> Tensor:
-        def logits(images: Tensor, model: nn.Module) -> Tensor:
-            return self.run.logits(images * self.span + self.low, model)
-
         run = self.run
         return class_evidence(
-            *(run.model, logits, self.images, self.labels, run.classes),
-            at_once=min(IMAGES, self.at_once),
+            *(run.model, self._logits, self.images, self.labels, run.classes),
+            at_once=min(IMAGES, self.pool.at_once),
         )
 
     def _keep_first(self) -> None:

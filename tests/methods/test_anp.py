@@ -126,7 +126,7 @@ def test_pruning_goes_as_far_as_the_accuracy_allows(most_lost, pruned):
 
 
 def test_validation_images_choose_the_threshold():
-    """Where every answer on them is wrong, nothing is lost, and all small masks go."""
+    """Pruning loses nothing where every answer is wrong, and all small masks go."""
     images = make_batches(1)[0][0]
     method, seen = kept_masks(methods.get("anp", most_lost=0.0, lr=5.0))
     model = make_model()

@@ -1,4 +1,4 @@
-"""What is left of a backdoored model that forgets its clean images: its target."""
+"""A backdoored model that forgets its clean images falls to its target."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a step costs, as `fst-fast methods` tells it, is what is counted in multiplications."""
+"""The cost of a step that `fst-fast methods` tells is the one counted in multiplications."""
 
 import pytest
 import torch

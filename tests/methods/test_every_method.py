@@ -1,4 +1,4 @@
-"""What holds for every method: replays and resumed runs end in the same bits, models stay plain."""
+"""Every method's replayed and resumed runs end in the same bits, and its models stay plain."""
 
 import doctest
 import inspect

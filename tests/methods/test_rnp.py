@@ -79,7 +79,7 @@ def test_it_follows_the_transcription(unlearn_lr, forgotten):
     torch.testing.assert_close(seen[0][0], mask, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(seen[0][1].conv1.weight, forgetful.conv1.weight)
     assert accuracies[0] > 0.5 > accuracies[-1]
-    # Of the suspect, only the weights of pruned channels change.
+    # Only the weights of pruned channels differ from the suspect's.
     before, after = model.state_dict(), result.model.state_dict()
     pruned = torch.cat([after["bn1.weight"], after["bn2.weight"]]) == 0
     assert torch.equal(pruned, mask < 0.95)

@@ -51,7 +51,7 @@ def purified_state(**more):
 
 
 def prepare(model, alpha=ALPHA, attach=True):
-    """What a user adds to a loop, before it: the criterion and the optimizer."""
+    """A user makes the criterion and the optimizer before the loop."""
     criterion = fst_fast.HeadDeviationLoss.from_model(model, alpha, head="classify")
     criterion.reinitialize(SEED)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)

@@ -64,7 +64,7 @@ def test_labels_in_another_order_fail_the_cell_unless_forced(tmp_path, force):
     else:
         assert "must have the model's own labels" in row["error"]
         assert "in a sweep: force: true" in row["error"]
-        # That is free to change: the failed cell is done then.
+        # ``force`` is free to change: the failed cell is done then.
         assert sweep(tmp_path, turned, force=True)["error"] == ""
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from method_cases import OneBatchPerEpoch
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,20 +36,6 @@ class Net(nn.Module):
         x = F.silu(self.bn1(self.conv1(x)))
         x = F.silu(x + self.conv2(x))
         return self.classify(x.mean((2, 3)))
-
-
-class OneBatchPerEpoch:
-    """Epoch t yields batch t alone, so that the history holds the loss of every step."""
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.at = 0
-
-    def set_epoch(self, epoch):
-        self.at = epoch
-
-    def __iter__(self):
-        yield self.batches[self.at]
 
 
 def make_problem(dtype):
