@@ -15,6 +15,7 @@ from ..data.augment import Augment
 from ..data.device_loader import DeviceLoader
 from ..data.image_sets import ImageSet, digits
 from ..measure.evaluate import Metrics, evaluate
+from ..measure.png_figure import png_figure
 from ..methods import Method
 from ..methods.fst import FST
 from ..methods.ft import FT
@@ -185,15 +186,7 @@ def save_picture(path: Path, test: ImageSet, trigger: Trigger, rows: list[DemoRo
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise RuntimeError(
-            'demo: needs matplotlib; install it with pip install "fst_fast[lab]"'
-        ) from None
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = png_figure("demo", 9, 5.5)
     grid = figure.add_gridspec(2, 1, height_ratios=(1, 1.5))
     samples, bars = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     samples.suptitle("stored images: clean above, triggered below")

@@ -18,6 +18,7 @@ from ..checkpoints.atomic_files import dump_json, read_object, replace_file
 from ..data.batches import Loader
 from ..heads.find import unwrap
 from ..measure.evaluate import Metrics, evaluate
+from ..measure.png_figure import png_figure
 from ..methods import Method
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization
@@ -104,15 +105,7 @@ class Comparison:
         """
         if self.suspect.attack_success is None:
             raise ValueError("plot: comparison must have measured an attack; give compare() one")
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError:
-            raise RuntimeError(
-                'plot: needs matplotlib; install it with pip install "fst_fast[lab]"'
-            ) from None
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = png_figure("plot", 7, 5)
         axis = figure.subplots()
         named = [("suspect", self.suspect), *((row.method, row.metrics) for row in self.rows)]
         for name, metrics in named:
