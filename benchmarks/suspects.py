@@ -3,11 +3,12 @@
     python benchmarks/suspects.py FOLDER --data DATA [--methods ft:40 fst:0.2 fst_auto auto]
 
 FOLDER holds suspects.py with ``SUSPECTS``, a mapping by name, and ``load(name)``, which returns
-(model, (mean, std), trigger, target): the trigger takes and returns uint8 [N, H, W, C] arrays, and
-is None for a model that was never backdoored. DATA holds train.npz and test.npz. A method is NAME
-or NAME:EPOCHS; fst:NUMBER is FST with that alpha, auto what alpha="auto" runs. A row is written as
-soon as it is there, and rows that are there are not made again. --others takes the rows of other
-methods over from an older record of the same protocol, each with its commit and device.
+(model, (mean, std), trigger, target). The trigger takes and returns uint8 [N, H, W, C] arrays, or
+is one of fst_fast.triggers; it is None for a model that was never backdoored. DATA holds train.npz
+and test.npz. A method is NAME or NAME:EPOCHS; fst:NUMBER is FST with that alpha, auto what
+alpha="auto" runs. A row is written as soon as it is there, and rows that are there are not made
+again. --others takes the rows of other methods over from an older record of the same protocol, each
+with its commit and device.
 """
 
 import argparse
@@ -74,11 +75,16 @@ def loader_of(images, normalize, shuffle, seed=0):
 
 
 def measured(model, test, normalize, trigger, target):
-    given = None if trigger is None else Given(trigger)
+    given = trigger if trigger is None or isinstance(trigger, Trigger) else Given(trigger)
     loader = loader_of(test, normalize, shuffle=False)
     found = fst_fast.evaluate(model, loader, given, target or 0)
     names = ("clean_accuracy", "attack_success", "robust_accuracy")
-    return {name: getattr(found, name) for name in names}
+    row = {name: getattr(found, name) for name in names}
+    if given is not None:
+        # So many images of other classes are taken for the target without any trigger.
+        unchanged = fst_fast.evaluate(model, loader, Given(lambda images: images), target)
+        row["clean_as_target"] = unchanged.attack_success
+    return row
 
 
 def rows_of(options, module, clean, test):

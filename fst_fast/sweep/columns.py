@@ -76,7 +76,7 @@ COLUMNS = (
     # A number, "auto", or None for a method that takes none.
     Column("alpha", object, "cell.choice.alpha", "alpha"),
     Column("seed", int, "cell.seed", "seed"),
-    # These were done: for ``fst`` with alpha "auto" four times as many as asked for.
+    # These were done: for ``fst`` with alpha "auto" three times as many as asked for.
     Column("epochs", int, "epochs", "epochs"),
     # On the test images, else on the tuning images.
     Column(f"{_CLEAN}_before", float, "before.clean_accuracy"),

@@ -23,7 +23,7 @@ from .method_run import Position
 from .progress import EpochRecord, ProgressReport
 
 NAME = "state.safetensors"
-FORMAT = "fst_fast run, version 3"
+FORMAT = "fst_fast run, version 4"
 
 
 class RunFolder:
@@ -74,6 +74,7 @@ class RunFolder:
             "format": FORMAT,
             "asked": self.asked,
             "history": [dataclasses.asdict(record) for record in tuner.history],
+            "findings": [dict(found) for found in tuner.findings],
             "position": dataclasses.asdict(tuner.position),
         }
         draws = {"now": _Draws.take(self._device, self._generators)}
@@ -115,6 +116,7 @@ class RunFolder:
             for name, value in tuner.state.saved().items():
                 value.copy_(tensors[name])
         tuner.history[:] = [EpochRecord(**record) for record in facts["history"]]
+        tuner.findings[:] = facts["findings"]
         tuner.position = Position(**facts["position"])
 
         def put(moment: str) -> None:

@@ -257,7 +257,7 @@ class Step:
 
     def _fits(self, batch: Batch) -> bool:
         try:
-            self._gradients(batch)
+            self._method_gradients(batch, self._gradients)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
