@@ -23,11 +23,12 @@ from .pam import PAM
 from .rnp import RNP
 from .sau import SAU
 from .trigger_unlearning import TriggerUnlearning
+from .tsbd import TSBD
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
     *(ANP, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, RNP, SAU),
-    TriggerUnlearning,
+    *(TriggerUnlearning, TSBD),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

@@ -1,22 +1,17 @@
 """Reconstructive Neuron Pruning (RNP; Li et al., ICML 2023, arXiv 2305.14876)."""
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ascent import Ascent
 from .base import Batch, Closure, Method, Run
 from .channel_masks import ChannelMasks
 from .checks import check_counts, check_numbers
 from .norms import affine_norms
-
-# Gradients of the unlearning have at most this norm, and its steps this many images.
-_MOST_NORM, _BATCH = 20.0, 128
-_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,15 @@ class RNP(Method):
     def begin(self, run: Run) -> None:
         affine_norms(run.model, self.name)
         images, labels = run.sample(self.images, 256 * 2**20)
-        ascent = run.memo["ascent"] = _Ascent(run, images, labels, self.unlearn_lr)
+        ascent = run.memo["ascent"] = Ascent(run, images, labels, self.unlearn_lr)
         run.memo["norms"] = affine_norms(ascent.model, self.name)
         run.memo["masks"] = ChannelMasks(run.memo["norms"])
         run.memo["masks"].register(run)
 
     def begin_epoch(self, run: Run, epoch: int) -> None:
-        ascent: _Ascent = run.memo["ascent"]
+        ascent: Ascent = run.memo["ascent"]
         if epoch == 0 and not run.goes_on_within:
-            for _ in range(self.passes):
-                if ascent.accuracy_of_a_pass() <= self.forgotten:
-                    break
+            ascent.forget(self.forgotten, self.passes)
             run.memo["masks"].look_again()
         ascent.model.requires_grad_(False)
         for norm in run.memo["norms"]:
@@ -99,44 +92,3 @@ class RNP(Method):
         masks = ChannelMasks(affine_norms(run.model, self.name))
         masks.mask.copy_(run.memo["masks"].mask)
         masks.prune(run, self.most_lost)
-
-
-class _Ascent:
-    """A copy of the suspect that forgets clean images, by SGD with momentum.
-
-    Attributes:
-        model: the copy, in train mode.
-    """
-
-    def __init__(self, run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
-        self._run, self._images, self._labels, self._lr = run, images, labels, lr
-        self.model = copy.deepcopy(run.model).train().requires_grad_()
-        self._weights: list[Tensor] = list(self.model.parameters())
-        self._velocity = [torch.zeros_like(weight) for weight in self._weights]
-        self._size = min(_BATCH, len(labels))
-        self._right = torch.zeros((), device=labels.device)
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            run.register(f"forgetful.{name}", tensor)
-        for number, tensor in enumerate([self._right, *self._velocity]):
-            run.register(f"ascent.{number}", tensor)
-
-    def accuracy_of_a_pass(self) -> float:
-        """Make the steps of a pass; return the share of its images that were answered rightly."""
-        self._right.zero_()
-        steps = -(-len(self._labels) // self._size)
-        self._run.repeat("unlearn", self._step, steps)
-        return self._right.item() / (steps * self._size)
-
-    def _step(self) -> None:
-        rows = torch.randint(len(self._labels), (self._size,), device=self._labels.device)
-        images, labels = self._images[rows], self._labels[rows]
-        logits = self._run.logits(images, self.model)
-        self._right.add_((logits.argmax(1) == labels).sum())
-        loss = -F.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, self._weights, materialize_grads=True)
-        length = torch.stack(torch._foreach_norm(gradients)).norm()
-        clipped = torch._foreach_mul(gradients, (_MOST_NORM / length.clamp(min=1e-6)).clamp(max=1))
-        with torch.no_grad():
-            torch._foreach_mul_(self._velocity, _MOMENTUM)
-            torch._foreach_add_(self._velocity, [*clipped])
-            torch._foreach_add_(self._weights, self._velocity, alpha=-self._lr)

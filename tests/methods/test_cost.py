@@ -13,6 +13,7 @@ ALONE = {
     "anp": {},
     "i_bau": {"search_steps": 0},
     "rnp": {"passes": 0},
+    "tsbd": {"passes": 0, "most_lost": 0.0},
 }
 # The generator of bti_dbf weighs as much as the small network here.
 APART = ("bti_dbf", "clp", "lp", "trigger_unlearning")

@@ -14,7 +14,7 @@ import fst_fast
 from fst_fast import methods
 
 # The searches of these methods are kept short.
-SHORT = {"bti_dbf": {"mask_steps": 4, "invert_steps": 6}}
+SHORT = {"bti_dbf": {"mask_steps": 4, "invert_steps": 6}, "tsbd": {"passes": 3}}
 every_method = pytest.mark.parametrize("name", methods.available())
 
 

@@ -4,36 +4,15 @@ import copy
 
 import pytest
 import torch
-from method_cases import SEED, problem, run
+from method_cases import SEED, forget, problem, run
 from purify_cases import make_batches, quick
 from torch import nn
 from torch.nn import functional as F
 
 from fst_fast import methods
-from fst_fast.methods import rnp
+from fst_fast.methods import ascent
 
 STEPS, SIZE = 12, 12
-
-
-def forget(model, images, labels, lr, forgotten, passes):
-    """The ascent in one straight line; also the accuracy of each pass."""
-    model = copy.deepcopy(model).train()
-    velocity = [torch.zeros_like(p) for p in model.parameters()]
-    seen = []
-    for _ in range(passes):
-        rows = torch.randint(len(labels), (SIZE,))
-        logits = model(images[rows])
-        loss = -F.cross_entropy(logits, labels[rows])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        length = torch.cat([g.flatten() for g in gradients]).norm()
-        with torch.no_grad():
-            for p, v, g in zip(model.parameters(), velocity, gradients, strict=True):
-                v.mul_(0.9).add_(g * min(1, (20 / length).item()))
-                p.sub_(lr * v)
-        seen.append((logits.argmax(1) == labels[rows]).double().mean().item())
-        if seen[-1] <= forgotten:
-            break
-    return model, seen
 
 
 def relearn(model, batches, weight, lr):
@@ -93,7 +72,7 @@ def test_gradients_of_the_ascent_are_clipped(monkeypatch):
     model, batches = problem(1, SIZE)
     ends = []
     for most in (1e-3, 1e-6):
-        monkeypatch.setattr(rnp, "_MOST_NORM", most)
+        monkeypatch.setattr(ascent, "_MOST_NORM", most)
 
         class Looks(methods.METHODS["rnp"]):
             def finish(self, run):

@@ -104,6 +104,27 @@ class Descent:
             p.sub_(lr * v)
 
 
+def forget(model, images, labels, lr, forgotten, passes):
+    """The ascent in one straight line; also the accuracy of each pass."""
+    model = copy.deepcopy(model).train()
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    seen = []
+    for _ in range(passes):
+        rows = torch.randint(len(labels), (len(labels),))
+        logits = model(images[rows])
+        loss = -F.cross_entropy(logits, labels[rows])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        length = torch.cat([g.flatten() for g in gradients]).norm()
+        with torch.no_grad():
+            for p, v, g in zip(model.parameters(), velocity, gradients, strict=True):
+                v.mul_(0.9).add_(g * min(1, (20 / length).item()))
+                p.sub_(lr * v)
+        seen.append((logits.argmax(1) == labels[rows]).double().mean().item())
+        if seen[-1] <= forgotten:
+            break
+    return model, seen
+
+
 def assert_follows(result, losses, truth, tolerance=1e-10):
     """The run's losses and final model are those of the transcription."""
     got = torch.tensor([record.loss for record in result.history], dtype=torch.float64)
