@@ -19,6 +19,7 @@ from .ft_sam import FTSAM
 from .i_bau import IBAU
 from .kept import KeptTensors
 from .lp import LP
+from .npd import NPD
 from .pam import PAM
 from .rnp import RNP
 from .sau import SAU
@@ -27,7 +28,7 @@ from .tsbd import TSBD
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
-    *(ANP, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, PAM, RNP, SAU),
+    *(ANP, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, NPD, PAM, RNP, SAU),
     *(TriggerUnlearning, TSBD),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
