@@ -7,6 +7,7 @@ from typing import Any
 
 from .anp import ANP
 from .base import Batch, Closure, HeadState, Method, Run
+from .bna import BNA, Detected, detect_triggered
 from .bti_dbf import BTIDBF
 from .clp import CLP
 from .d3 import D3
@@ -28,7 +29,7 @@ from .tsbd import TSBD
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
-    *(ANP, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, NPD, PAM, RNP, SAU),
+    *(ANP, BNA, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, NPD, PAM, RNP, SAU),
     *(TriggerUnlearning, TSBD),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
@@ -106,10 +107,12 @@ __all__ = [
     "METHODS",
     "Batch",
     "Closure",
+    "Detected",
     "HeadState",
     "KeptTensors",
     "Method",
     "Run",
     "available",
+    "detect_triggered",
     "get",
 ]

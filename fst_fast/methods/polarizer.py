@@ -90,7 +90,7 @@ def place_for(model: nn.Module, images: Tensor, method: str) -> tuple[nn.Conv2d,
     first = max(0, len(pairs) - 2)
     # From there towards the input, and then what lies behind.
     for pair in [*pairs[first::-1], *pairs[first + 1 :]]:
-        if pair[0].groups == 1 and _is_exact(model, pair, images):
+        if _is_exact(model, pair, images):
             return pair
     raise ValueError(
         f"{method}: model must have a convolution without groups whose output goes into one batch "
@@ -102,7 +102,7 @@ def place_for(model: nn.Module, images: Tensor, method: str) -> tuple[nn.Conv2d,
 def _is_exact(model: nn.Module, pair: tuple[nn.Conv2d, nn.BatchNorm2d], images: Tensor) -> bool:
     """Return whether a copy of the model with a folded layer computes the same as with the layer.
 
-    It does not where the convolution or the batch norm has another use as well.
+    It does not where the convolution has groups, or one of both has another use as well.
     """
     names = {id(module): name for name, module in model.named_modules()}
     twin = copy.deepcopy(model)

@@ -16,7 +16,7 @@ ALONE = {
     "tsbd": {"passes": 0, "most_lost": 0.0},
 }
 # The generator of bti_dbf weighs as much as the small network here.
-APART = ("bti_dbf", "clp", "lp", "trigger_unlearning")
+APART = ("bna", "bti_dbf", "clp", "lp", "trigger_unlearning")
 COUNTED = [name for name in methods.METHODS if name not in APART]
 
 

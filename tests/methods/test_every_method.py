@@ -14,7 +14,11 @@ import fst_fast
 from fst_fast import methods
 
 # The searches of these methods are kept short.
-SHORT = {"bti_dbf": {"mask_steps": 4, "invert_steps": 6}, "tsbd": {"passes": 3}}
+SHORT = {
+    "bna": {"search_steps": 5},
+    "bti_dbf": {"mask_steps": 4, "invert_steps": 6},
+    "tsbd": {"passes": 3},
+}
 every_method = pytest.mark.parametrize("name", methods.available())
 
 
