@@ -24,12 +24,32 @@ from .npd import NPD
 from .pam import PAM
 from .rnp import RNP
 from .sau import SAU
+from .ssft import SSFT
 from .trigger_unlearning import TriggerUnlearning
 from .tsbd import TSBD
 
 # Every method that has a name. A method's file holds the method's name as ``Method.name``.
 _ALL: tuple[type[Method], ...] = (
-    *(ANP, BNA, BTIDBF, CLP, D3, FE, FST, FSTAuto, FT, FTInit, FTSAM, IBAU, LP, NPD, PAM, RNP, SAU),
+    *(
+        ANP,
+        BNA,
+        BTIDBF,
+        CLP,
+        D3,
+        FE,
+        FST,
+        FSTAuto,
+        FT,
+        FTInit,
+        FTSAM,
+        IBAU,
+        LP,
+        NPD,
+        PAM,
+        RNP,
+        SAU,
+        SSFT,
+    ),
     *(TriggerUnlearning, TSBD),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

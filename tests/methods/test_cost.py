@@ -15,8 +15,8 @@ ALONE = {
     "rnp": {"passes": 0},
     "tsbd": {"passes": 0, "most_lost": 0.0},
 }
-# The generator of bti_dbf weighs as much as the small network here.
-APART = ("bna", "bti_dbf", "clp", "lp", "trigger_unlearning")
+# The generator of bti_dbf weighs as much as the small network here; ssft tunes the stage it finds.
+APART = ("bna", "bti_dbf", "clp", "lp", "ssft", "trigger_unlearning")
 COUNTED = [name for name in methods.METHODS if name not in APART]
 
 
@@ -53,3 +53,10 @@ def test_a_step_costs_what_is_said(name, plain, monkeypatch):
 def test_no_pass_is_made_for_a_step_of_the_head_alone(name, plain):
     assert methods.METHODS[name].cost.startswith("none")
     assert of_a_step(methods.get(name)) < 0.01 * plain
+
+
+@pytest.mark.parametrize("shortcut", [0, 2])
+def test_a_stage_alone_costs_less_than_the_whole(shortcut, plain):
+    """The gradients of earlier stages are not computed."""
+    counted = of_a_step(methods.get("ssft", shortcut=shortcut)) / plain
+    assert 1 / 3 < counted < 0.95

@@ -17,6 +17,7 @@ from fst_fast import methods
 SHORT = {
     "bna": {"search_steps": 5},
     "bti_dbf": {"mask_steps": 4, "invert_steps": 6},
+    "ssft": {"probe_steps": 3},
     "tsbd": {"passes": 3},
 }
 every_method = pytest.mark.parametrize("name", methods.available())
@@ -24,6 +25,25 @@ every_method = pytest.mark.parametrize("name", methods.available())
 
 def short(name):
     return methods.get(name, **SHORT.get(name, {}))
+
+
+class Block(nn.Module):
+    """A residual block with a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
+        self.projection = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return self.last(self.layers(x)) + self.projection(x)
+
+
+def model_for(name):
+    """The small model, with a residual block where the method needs one."""
+    model = make_model()
+    return model.insert(3, Block()) if name == "ssft" else model
 
 
 def device_loader():
@@ -40,7 +60,7 @@ def test_replayed_steps_end_in_the_same_bits(name, loader, monkeypatch):
     notes = []
     monkeypatch.setattr("fst_fast.tuning.progress.Bar.note", lambda self, text: notes.append(text))
     runs = [
-        quick(make_model(), loader(), method=short(name), epochs=3, graphs=on)
+        quick(model_for(name), loader(), method=short(name), epochs=3, graphs=on)
         for on in ("auto", False)
     ]
     assert_same_run(*runs)
@@ -51,26 +71,26 @@ def test_replayed_steps_end_in_the_same_bits(name, loader, monkeypatch):
 @every_method
 def test_a_resumed_run_ends_in_the_same_bits(name, tmp_path):
     settings = {"method": short(name), "epochs": 3}
-    whole = quick(make_model(), device_loader(), **settings)
+    whole = quick(model_for(name), device_loader(), **settings)
 
     def stop(record, model):
         return record.epoch == 2
 
-    quick(make_model(), device_loader(), resume=tmp_path, callbacks=[stop], **settings)
-    again = quick(make_model(), device_loader(), resume=tmp_path, **settings)
+    quick(model_for(name), device_loader(), resume=tmp_path, callbacks=[stop], **settings)
+    again = quick(model_for(name), device_loader(), resume=tmp_path, **settings)
     assert_same_run(again, whole)
 
 
 @every_method
 def test_the_loss_scale_of_fp16_goes_through(name):
-    result = quick(make_model(), make_batches(), method=short(name), epochs=3, precision="fp16")
+    result = quick(model_for(name), make_batches(), method=short(name), epochs=3, precision="fp16")
     assert result.stopped is None
     assert all(value.isfinite().all() for value in result.model.state_dict().values())
 
 
 @every_method
 def test_a_plain_model_is_left_and_the_suspect_as_it_was(name):
-    suspect = make_model()
+    suspect = model_for(name)
     before = {key: value.clone() for key, value in suspect.state_dict().items()}
     result = quick(suspect, make_batches(), method=short(name))
     assert equal_states(suspect.state_dict(), before)
