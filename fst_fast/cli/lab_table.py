@@ -19,7 +19,8 @@ from ..lab.attacks import CLEAN
 from ..lab.spec import Order, training_precision
 from ..lab.suspect_store import SuspectStore
 from ..sweep import tables
-from ..sweep.grid import Choice, GridProgress
+from ..sweep.choice import Choice
+from ..sweep.grid import GridProgress
 from ..sweep.presets import METHODS, PRESETS, Preset
 from ..sweep.store import Record, claimed
 from ..sweep.table import EvidenceTable, TablePlan
@@ -39,7 +40,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--attacks", nargs="+", metavar="NAME")
     parser.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="poisoned shares")
     parser.add_argument("--arch", metavar="NAME[:WIDTH]")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[:ALPHA]")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        metavar="NAME[:ALPHA][,SETTING=VALUE]",
+        help="settings of the method, or epochs, lr and momentum of its run",
+    )
     for name, text in (
         ("seeds", "of each purification"),
         ("epochs", "of tuning"),

@@ -92,8 +92,10 @@ def get(name: str, **settings: Any) -> Method:
     kind = METHODS.get(name) or _load(name)
     unknown = sorted(set(settings) - set(kind.__dataclass_fields__))
     if unknown:
+        takes = ", ".join(kind.__dataclass_fields__)
         raise ValueError(
-            f"purify: method {name!r} does not take {', '.join(unknown)}; leave it out"
+            f"purify: method {name!r} does not take {', '.join(unknown)}; leave it out, or use "
+            f"what it takes: {takes}"
         )
     return kind(**settings)
 

@@ -75,6 +75,8 @@ COLUMNS = (
     Column("method", str, "cell.choice.name", "method"),
     # A number, "auto", or None for a method that takes none.
     Column("alpha", object, "cell.choice.alpha", "alpha"),
+    # The entry's further settings as JSON, of the method and of the run; None where it has none.
+    Column("settings", str, "cell.choice.written", "settings"),
     Column("seed", int, "cell.seed", "seed"),
     # These were done: for ``fst`` with alpha "auto" three times as many as asked for.
     Column("epochs", int, "epochs", "epochs"),

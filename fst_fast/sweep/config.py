@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,8 @@ from ..data.normalization import NORMALIZATIONS
 from ..triggers import Trigger
 from ..triggers.pixels import Normalization
 from . import yaml_file
-from .yaml_file import one_of, shown, unfit
+from .choice import Choice
+from .yaml_file import check_word, one_of, shown, unfit
 
 # A checkpoint that leaves these out takes them from the top of the file.
 SHARED = ("arch", "arch_options", "num_classes", "head")
@@ -68,7 +70,36 @@ Options = Annotated[
     AfterValidator(lambda v: {k: tuple(i) if isinstance(i, list) else i for k, i in v.items()}),
 ]
 Different = AfterValidator(_different)
-MethodName = Annotated[str, one_of(*methods.available())]
+
+
+def _method(value: Any) -> str | dict[str, Any]:
+    """A name, or a mapping of ``name`` and settings; as it was written."""
+    name = value.get("name") if isinstance(value, dict) else value
+    if isinstance(value, dict) and not isinstance(name, str):
+        raise unfit("a method's name, or a mapping with one", "add `name: d3`", got=shown(value))
+    check_word(name, methods.available())
+    if not isinstance(value, dict):
+        return str(name)
+    try:
+        choice_of(value)
+    except ValueError as error:
+        raise unfit(f"a method and settings of it ({error})", "", got=shown(value)) from None
+    return value if len(value) > 1 else str(name)
+
+
+def choice_of(entry: str | Mapping[str, Any], alpha: float | str | None = None) -> Choice:
+    """Return the choice of an entry of ``methods``.
+
+    Raises:
+        ValueError: as :meth:`Choice.with_settings`.
+    """
+    given = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = given.pop("name")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return Choice.with_settings(name, settings, alpha)
+
+
+MethodEntry = Annotated[Any, BeforeValidator(_method)]
 Alpha = Annotated[float, Field(ge=0)] | Literal["auto"]
 
 
@@ -172,7 +203,7 @@ class Config(_Keys):
     normalize: Annotated[Any, BeforeValidator(_normalization)] = Field(examples=["cifar10"])
     augment: Annotated[str, one_of("none", "cifar")] = "none"
     batch_size: int = _whole(1, 128)
-    methods: Annotated[list[MethodName], Different] = Field(["fst"], min_length=1)
+    methods: Annotated[list[MethodEntry], Different] = Field(["fst"], min_length=1)
     alphas: Annotated[list[Alpha], Different] = Field(
         ["auto"], min_length=1, description="a finite number >= 0 or auto"
     )
@@ -206,9 +237,10 @@ class Config(_Keys):
     @classmethod
     def _taken(cls, alphas: list[float | str], info: ValidationInfo) -> list[float | str]:
         chosen = info.data.get("methods", ["fst"])
-        if not any(map(takes_alpha, chosen)):
+        if not any(map(crosses_alphas, chosen)):
+            names = [entry if isinstance(entry, str) else entry["name"] for entry in chosen]
             raise unfit(
-                f"left out where no method takes one ({', '.join(chosen)} do not)",
+                f"left out where no method takes one ({', '.join(names)} do not)",
                 "leave it out, or add fst to methods",
             )
         return alphas
@@ -224,9 +256,10 @@ class Config(_Keys):
         return found
 
 
-def takes_alpha(method: str) -> bool:
-    """Return whether the method of this name has an alpha to set."""
-    return "alpha" in methods.get(method).settings()
+def crosses_alphas(entry: str | Mapping[str, Any]) -> bool:
+    """Return whether an entry's method has an alpha to set, which the entry does not set."""
+    choice = choice_of(entry)
+    return "alpha" in methods.get(choice.name).settings() and choice.alpha is None
 
 
 def read_config(path: str | Path) -> Config:

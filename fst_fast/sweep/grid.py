@@ -9,57 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from .. import methods
 from ..data.device_loader import DeviceLoader
 from ..measure.evaluate import Metrics
-from ..methods import Method
 from ..tuning.progress import Bar, EpochRecord
 from ..tuning.purify import purify
 from ..tuning.result import PurifyResult
+from .choice import Choice
 from .store import Folder, Record
 
-# Methods of a table that change nothing: the suspect itself, and beside it the model that was
-# trained without any attack, shown the suspect's trigger.
-NOTHING, UNHARMED = "none", "never backdoored"
 # Seconds between two looks at cells that other processes are at work on.
 WAIT_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A method and its alpha, as a table names them; alpha is None for a method without one."""
-
-    name: str
-    alpha: float | str | None = None
-
-    @classmethod
-    def of(cls, text: str) -> Choice:
-        """From "none", "ft", "fst:0.2" or "fst:auto".
-
-        Raises:
-            ValueError: no such method, or one that takes no alpha.
-        """
-        name, colon, written = text.partition(":")
-        if text == NOTHING:
-            return cls(NOTHING)
-        try:
-            if not colon or written == "auto":
-                # As purify: FST without a number is what alpha="auto" runs.
-                return cls(methods.get(name, alpha="auto").name)
-            found = cls(name, float(written))
-            found.method()
-        except ValueError as error:
-            raise ValueError(
-                f"lab: methods must be like none, ft, ft_init, fst:0.2 or fst:auto, got {text!r}: "
-                f"{error}"
-            ) from None
-        return found
-
-    def method(self) -> Method | None:
-        """None where nothing is done."""
-        if self.name in (NOTHING, UNHARMED):
-            return None
-        return methods.get(self.name, **({} if self.alpha is None else {"alpha": self.alpha}))
 
 
 @dataclass(frozen=True)
@@ -80,8 +39,10 @@ class Cell:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Method, alpha and seed, those that it has."""
-        found = {"method": self.choice.name, "alpha": self.choice.alpha, "seed": self.seed}
+        """Method, alpha, settings and seed, those that it has."""
+        choice = self.choice
+        found: dict[str, Any] = {"method": choice.name, "alpha": choice.alpha, "seed": self.seed}
+        found["settings"] = dict(choice.settings) or None
         return {name: value for name, value in found.items() if value is not None}
 
     @property
@@ -89,7 +50,8 @@ class Cell:
         """The name of its folder."""
         seed = [] if self.seed is None else [f"s{self.seed}"]
         alpha = [] if self.choice.alpha is None else [str(self.choice.alpha)]
-        return "-".join([self.title, self.choice.name, *alpha, *seed])
+        digest = [self.choice.digest] if self.choice.settings else []
+        return "-".join([self.title, self.choice.name, *alpha, *digest, *seed])
 
 
 @dataclass(frozen=True)
@@ -240,7 +202,7 @@ class Grid:
             progress=False,
             callbacks=[lambda record, model: progress.epoch(record)],
             inplace=True,
-            **self.settings,
+            **{**self.settings, **cell.choice.of_run()},
         )
         if head is None:
             self._heads[architecture] = str(result.settings["head"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from ..measure.evaluate import Metrics, evaluate
 from ..tuning.arguments import to_float32
 from ..tuning.autotune import threads_of
 from . import columns
+from .choice import RUN, Choice
 from .columns import NOT_MEASURED
-from .config import Checkpoint, Config, read_config, takes_alpha
-from .grid import Cell, Choice, Done, Grid, GridProgress
+from .config import Checkpoint, Config, choice_of, crosses_alphas, read_config
+from .grid import Cell, Done, Grid, GridProgress
 from .images import Sets, Uploaded
 from .store import Folder, Row, claimed
 
 FORMAT = "fst_fast sweep, version 1"
+# The table's notes name a cell by these columns, and its seed.
+_NAMED = ("checkpoint", "method", "alpha", "settings")
 # Two runs of one sweep must agree in these, beside the checkpoints; files go by their content, and
 # where or in what format results are written is free.
 SETTINGS = (
@@ -86,15 +89,16 @@ def cells_of(config: Config) -> tuple[Cell, ...]:
         ValueError: two cells would do the same.
     """
     seen: dict[object, Choice] = {}
-    for method in config.methods:
-        for alpha in config.alphas if takes_alpha(method) else (None,):
-            choice = Choice(method, alpha)
-            twin = seen.setdefault(choice.method(), choice)
+    for entry in config.methods:
+        for alpha in config.alphas if crosses_alphas(entry) else (None,):
+            choice = _choice(entry, alpha)
+            run = {name: getattr(config, name) for name in RUN} | choice.of_run()
+            twin = seen.setdefault((choice.method(), *run.values()), choice)
             if twin is not choice:
                 raise ValueError(
                     "sweep: methods and alphas must make different cells, got "
-                    f"{twin.name} with alpha {twin.alpha} and {method} with alpha {alpha}, which "
-                    "are the same; leave one out"
+                    f"{twin.name} with alpha {twin.alpha} and {choice.name} with alpha "
+                    f"{choice.alpha}, which are the same; leave one out"
                 )
     return tuple(
         Cell(suspect.name, suspect, choice, seed)
@@ -102,6 +106,17 @@ def cells_of(config: Config) -> tuple[Cell, ...]:
         for choice in seen.values()
         for seed in config.seeds
     )
+
+
+def _choice(entry: str | Mapping[str, Any], alpha: float | str | None) -> Choice:
+    """The choice of an entry and an alpha; raises ValueError where the two do not go together."""
+    try:
+        return choice_of(entry, alpha)
+    except ValueError as error:
+        raise ValueError(
+            f"sweep: methods must take their settings under every alpha, got {entry} with alpha "
+            f"{alpha}: {error}; give the entry an alpha of its own"
+        ) from None
 
 
 class Sweep(Grid):
@@ -266,7 +281,7 @@ def _conclude(config: Config, rows: Sequence[Row]) -> None:
         path = columns.write_rows(config.out, rows, config.results)
     early = [row for row in rows if row["error"] or row["stopped"]]
     notes = [
-        " ".join(str(row[key]) for key in ("checkpoint", "method", "alpha") if row[key] is not None)
+        " ".join(str(row[key]) for key in _NAMED if row[key] is not None)
         + f" seed {row['seed']}: {row['error'] or row['stopped']}"
         for row in early
     ]

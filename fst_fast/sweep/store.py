@@ -189,9 +189,11 @@ class Record:
         return list(self.content["suspects"].get(title, {}).get("rows", []))
 
     def finished(self, cell: Cell) -> Row | None:
-        """The row of this suspect, method, alpha and seed."""
+        """The row of this suspect, method, alpha, settings and seed."""
+        # As the record has them, in which a tuple is a list.
+        wanted = strict_json(cell.facts, "facts")
         for row in self.rows(cell.title):
-            if all(row.get(key) == cell.facts.get(key) for key in ("method", "alpha", "seed")):
+            if all(row.get(k) == wanted.get(k) for k in ("method", "alpha", "settings", "seed")):
                 return row
         return None
 

@@ -18,7 +18,8 @@ from ..lab.spec import Order
 from ..lab.suspect_manifest import Suspect
 from ..lab.suspect_store import SuspectStore
 from ..measure.evaluate import Metrics
-from .grid import NOTHING, UNHARMED, Cell, Choice, Done, Grid
+from .choice import NOTHING, UNHARMED, Choice
+from .grid import Cell, Done, Grid
 from .presets import DEVELOPED
 from .store import Record, Row
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..bench.records import commit_of
-from .grid import NOTHING
+from .choice import NOTHING
 
 # Below this the attack did not succeed, and a defence has nothing to show.
 SUCCEEDED = 0.8
@@ -20,7 +20,9 @@ Rows = list[list[str]]
 
 def name_of(row: dict[str, Any]) -> str:
     """The method of a row."""
-    return f"{row['method']}, alpha {row['alpha']}" if "alpha" in row else str(row["method"])
+    own = {"alpha": row["alpha"]} if "alpha" in row else {}
+    named = {**own, **(row.get("settings") or {})}
+    return ", ".join([str(row["method"]), *(f"{name} {value}" for name, value in named.items())])
 
 
 def names(record: dict[str, Any]) -> list[str]:

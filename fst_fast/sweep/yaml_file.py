@@ -79,14 +79,15 @@ def unfit(expected: str, remedy: str = "", key: str = "", got: str = "") -> Pyda
 
 def one_of(*choices: str) -> BeforeValidator:
     """One of a few words."""
+    return BeforeValidator(lambda value: check_word(value, choices))
 
-    def check(value: Any) -> str:
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            raise unfit(f"one of {', '.join(choices)}", f"did you mean {near[0]}?" if near else "")
-        return str(value)
 
-    return BeforeValidator(check)
+def check_word(value: Any, choices: Sequence[str]) -> str:
+    """Return the word, or raise the error for a validator where it is none of these."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        raise unfit(f"one of {', '.join(choices)}", f"did you mean {near[0]}?" if near else "")
+    return str(value)
 
 
 def shown(value: Any) -> str:

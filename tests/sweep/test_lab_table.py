@@ -174,6 +174,7 @@ def test_a_row_is_that_of_its_method_alpha_and_seed(tmp_path):
     for other in (
         {"choice": Choice("ft", 0.2)},
         {"choice": Choice("fst", 0.1)},
+        {"choice": Choice("fst", 0.2, (("project", False),))},
         {"seed": 0},
         {"title": "b"},
     ):
@@ -190,6 +191,8 @@ def test_a_row_is_that_of_its_method_alpha_and_seed(tmp_path):
         (["--methods", "fst:x"], "methods must be like none, ft, ft_init"),
         (["--methods", "ft:0.1"], "method 'ft' does not take alpha"),
         (["--methods", "nothing"], "methods must be like"),
+        (["--methods", "d3,lam=2"], "d3 has no setting lam; its own are fit, project, slack"),
+        (["--methods", "d3,fit"], "a setting must be like name=value, got 'fit'"),
         (["--arch", "torchvision/resnet1"], "near matches: resnet1"),
         (["--attacks", "sig", "--rates", "0.5"], "lab: sig: rate 0.5 asks for 30 images"),
         (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
@@ -254,6 +257,9 @@ def test_the_full_preset_has_what_the_evidence_needs():
         ("fst:0.2", Choice("fst", 0.2)),
         ("lp", Choice("lp")),
         ("none", Choice("none")),
+        ("d3,fit=2.0,epochs=40", Choice("d3", None, (("epochs", 40), ("fit", 2.0)))),
+        ("fst:0.2,project=false", Choice("fst", 0.2, (("project", False),))),
+        ("ssft,trigger=badnets", Choice("ssft", None, (("trigger", "badnets"),))),
     ],
 )
 def test_methods_by_name(text, expected):
@@ -268,6 +274,18 @@ def row(method, clean, success, **more):
 def tuned(clean, success, seed, woken, **more):
     attacked = {"retuned": row("", 0.0, woken), **more}
     return row("ft", clean, success, seed=seed, der=0.7, seconds=2.0 + seed, **attacked)
+
+
+def test_a_row_is_named_by_its_settings(tmp_path):
+    record = Record(tmp_path / "record.json", {"suspects": {}})
+    record.begin("a", {})
+    for text in ("d3", "d3,fit=2.0,epochs=4", "fst:0.2,project=false", "ssft,trigger=sig"):
+        cell = Cell("a", None, Choice.of(text), 0)
+        record.add(cell, cell.facts)
+        assert record.finished(cell)["method"] == cell.choice.name
+    assert tables.names(record.content) == [
+        *("d3", "d3, epochs 4, fit 2.0", "fst, alpha 0.2, project False", "ssft, trigger sig"),
+    ]
 
 
 def test_tables_are_means_over_the_seeds_and_over_attacks_that_succeeded():

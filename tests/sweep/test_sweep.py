@@ -107,6 +107,37 @@ def test_finished_cells_are_not_done_again(tmp_path, monkeypatch):
     assert (config.parent / "out" / "results.csv").read_bytes() == first
 
 
+def test_settings_of_a_method_are_in_its_rows_and_hold_for_a_run_that_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    entries = ["lp", {"name": "lp", "epochs": 3}, {"name": "d3", "fit": 2.0, "lr": 0.02}]
+    chosen = {"alphas": None, "epochs": 2, "weights": False}
+    config = write_sweep(tmp_path / "a", 1, methods=entries, **chosen)
+    assert sweep(config) == 0
+    out = config.parent / "out"
+    rows = [(row["method"], row["settings"], row["epochs"]) for row in table(out)]
+    assert rows == [
+        ("lp", "", "2"),
+        ("lp", '{"epochs": 3}', "3"),
+        ("d3", '{"fit": 2.0, "lr": 0.02}', "2"),
+    ]
+    manifests = [json.loads(p.read_text()) for p in (out / "cells").glob("*d3*/purified.json")]
+    assert [(m["settings"]["fit"], m["settings"]["lr"]) for m in manifests] == [(2.0, 0.02)]
+    # One cell is lost, and done again under its own settings; the others are left alone.
+    (lost,) = (out / "cells").glob("*d3*")
+    (lost / "purified.json").unlink()
+    done, purify = [], grid.purify
+    monkeypatch.setattr(
+        grid, "purify", lambda *a, **k: done.append(k["method"].name) or purify(*a, **k)
+    )
+    assert sweep(config) == 0
+    assert done == ["d3"]
+    assert [(row["method"], row["settings"], row["epochs"]) for row in table(out)] == rows
+    other = [*entries[:2], {"name": "d3", "fit": 3.0, "lr": 0.02}]
+    config = write_sweep(tmp_path / "a", 1, methods=other, **chosen)
+    refused(capsys, config, "differs in settings.methods", "name another folder")
+
+
 def test_a_folder_is_claimed_by_one_alone(tmp_path):
     with claimed(tmp_path, wait=False) as first:
         left = tmp_path / TEMPORARIES.replace("*", "00")

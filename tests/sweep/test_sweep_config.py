@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sweep_cases import read_yaml, write_sweep, write_yaml
 
+from fst_fast import methods
 from fst_fast.cli.main import main
 from fst_fast.sweep.config import normalization_of, read_config
 from fst_fast.sweep.run import cells_of
@@ -58,6 +59,34 @@ def refused(path, *texts):
                 "must make different cells, got fst with alpha auto and trigger_unlearning with "
                 "alpha None"
             ],
+        ),
+        (
+            {"methods": [{"name": "d3", "lam": 2.0}], "alphas": None},
+            [
+                "methods[0] must be",
+                "d3 has no setting lam; its own are fit, project, slack, and those of the run are "
+                "epochs, lr, momentum)",
+            ],
+        ),
+        (
+            {"methods": ["ft", {"name": "d3", "fit": -1}], "alphas": None},
+            ["methods[1] must be", "d3: fit must be a number >= 0, got -1"],
+        ),
+        (
+            {"methods": [{"name": "d3", "epochs": 1.5}], "alphas": None},
+            ["methods[0] must be", "epochs must be a whole number >= 1, got 1.5"],
+        ),
+        (
+            {"methods": [{"name": "dd3"}], "alphas": None},
+            ["methods[0] must be one of", "did you mean d3?"],
+        ),
+        (
+            {"methods": [{"fit": 1.0}], "alphas": None},
+            ["methods[0] must be a method's name, or a mapping with one", "add `name: d3`"],
+        ),
+        (
+            {"methods": ["ft", {"name": "ft", "epochs": 2}], "alphas": None, "epochs": 2},
+            ["must make different cells, got ft with alpha None and ft with alpha None"],
         ),
         ({"epochs": 0}, ["epochs must be a whole number >= 1, got 0"]),
         ({"epochs": 1.5}, ["epochs must be a whole number >= 1, got 1.5"]),
@@ -225,6 +254,42 @@ def test_alphas_go_to_the_methods_that_take_one(tmp_path):
         ("fst", 0.2, "fst"),
         ("fst", 0.0, "fst"),
     ]
+
+
+def test_settings_of_a_method_stand_with_its_name(tmp_path):
+    entries = [
+        "d3",
+        {"name": "d3", "fit": 2.0, "epochs": 3},
+        {"name": "anp", "lr": 0.5, "momentum": 0.5},
+        {"name": "trigger_unlearning", "forms": ["mask", "wave"]},
+        {"name": "fst", "alpha": 0.3},
+        {"name": "fst", "project": False},
+    ]
+    path = write_sweep(tmp_path, 1, methods=entries, alphas=[0.1, 0.2])
+    chosen = [cell.choice for cell in cells_of(read_config(path))]
+    assert [(choice.method(), choice.of_run()) for choice in chosen] == [
+        (methods.get("d3"), {}),
+        (methods.get("d3", fit=2.0), {"epochs": 3}),
+        # A name that both have is the method's own.
+        (methods.get("anp", lr=0.5), {"momentum": 0.5}),
+        (methods.get("trigger_unlearning", forms=("mask", "wave")), {}),
+        (methods.get("fst", alpha=0.3), {}),
+        (methods.get("fst", alpha=0.1, project=False), {}),
+        (methods.get("fst", alpha=0.2, project=False), {}),
+    ]
+    names = [cell.name for cell in cells_of(read_config(path))]
+    assert len(set(names)) == len(names)
+
+
+def test_settings_that_an_alpha_does_not_take_are_told(tmp_path, monkeypatch):
+    """Under alpha "auto" the method is another one, which may have other settings."""
+    auto = methods.METHODS["trigger_unlearning"]
+    fewer = {k: v for k, v in auto.__dataclass_fields__.items() if k != "project"}
+    monkeypatch.setattr(auto, "__dataclass_fields__", fewer)
+    entry = {"name": "fst", "project": False}
+    assert len(cells_of(read_config(write_sweep(tmp_path, 1, methods=[entry], alphas=[0.1])))) == 1
+    path = write_sweep(tmp_path, 1, methods=[entry], alphas=["auto", 0.1])
+    refused(path, "must take their settings under every alpha", "with alpha auto: purify: method")
 
 
 def test_normalization_by_name_and_by_numbers(tmp_path):
