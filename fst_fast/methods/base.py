@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -276,7 +277,8 @@ class Method:
     # A method says here if loss() needs logits. The loss below does not: a fused op makes it of
     # features.
     needs_logits: ClassVar[bool] = False
-    # A step takes so many passes of the model forward and backward, in words.
+    # A step takes so many passes of the model forward and backward for each image, in words, of
+    # which the first is the number, or "none". Searches and choices beside the steps are apart.
     cost: ClassVar[str] = "1"
     # A model must have this, beside a head.
     needs: ClassVar[str] = ""
@@ -287,6 +289,14 @@ class Method:
         super().__init_subclass__(**more)
         if "loss" in vars(cls):
             cls.needs_logits = True
+
+    @classmethod
+    def passes_per_image(cls) -> float | None:
+        """Return the number that ``cost`` tells; None where it tells none."""
+        if cls.cost.startswith("none"):
+            return 0.0
+        found = re.search(r"\d+(\.\d+)?", cls.cost)
+        return None if found is None else float(found[0])
 
     @property
     def penalty(self) -> float:

@@ -6,7 +6,7 @@ import inspect
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Compared:
         epochs: that were run.
         seconds: of wall time.
         note: why it failed or was stopped, or that it ruined the model; else "".
+        passes: of the model forward and backward, which a step takes for each image that it sees,
+            as the method's ``cost`` tells; searches beside the steps are not among them.
 
     Example:
         >>> row = fst_fast.Compared("ft", {}, fst_fast.Metrics(0.9, 0.1, 0.8, 10, 9), 10, 2.5, "")
@@ -59,6 +61,7 @@ class Compared:
     epochs: int
     seconds: float
     note: str
+    passes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,12 @@ class Comparison:
 
     def __str__(self) -> str:
         names = ("method", "clean accuracy", "attack success", "robust accuracy", "epochs")
-        table = Table(*names, "seconds", "note")
-        table.add_row("suspect", *_rates(self.suspect), "", "", "")
+        table = Table(*names, "passes an image", "seconds", "note")
+        table.add_row("suspect", *_rates(self.suspect), "", "", "", "")
         for row in self.rows:
-            seconds = f"{row.seconds:.1f}"
-            table.add_row(row.method, *_rates(row.metrics), str(row.epochs), seconds, row.note)
+            passes = "" if row.passes is None else f"{row.passes:g}"
+            costs = (str(row.epochs), passes, f"{row.seconds:.1f}")
+            table.add_row(row.method, *_rates(row.metrics), *costs, row.note)
         console = table_console()
         with console.capture() as shown:
             console.print(table, highlight=False)
@@ -188,6 +192,7 @@ def compare(
                 row = _row(label, result, measured(result.model), suspect)
             except (ValueError, RuntimeError) as error:
                 row = Compared(label, {}, None, 0, 0.0, str(error))
+            row = replace(row, passes=method.passes_per_image())
             if row.note.startswith("interrupted"):
                 return Comparison(suspect, (*rows, row))
             if place is not None:

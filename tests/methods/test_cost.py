@@ -42,11 +42,23 @@ def plain():
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_step_costs_what_is_said(name, plain, monkeypatch):
     monkeypatch.setattr(methods.METHODS[name], "finish", lambda self, run: None)
-    said = float(methods.METHODS[name].cost.removeprefix("about ").partition(",")[0])
+    said = methods.METHODS[name].passes_per_image()
     # A quarter of fst_auto's epochs train the head alone: they only pass forward.
     share = 0.75 + 0.25 / 3 if name == "fst_auto" else 1.0
     counted = of_a_step(methods.get(name, **ALONE.get(name, {}))) / plain
     assert counted == pytest.approx(share * said, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        *(("1", 1), ("about 8", 8), ("1.1, and the searches", 1.1), ("at most 1", 1)),
+        *(("none, but the search", 0), ("as many as it takes", None)),
+    ],
+)
+def test_the_number_is_read_from_the_words(words, number, monkeypatch):
+    monkeypatch.setattr(methods.METHODS["ft"], "cost", words)
+    assert methods.get("ft").passes_per_image() == number
 
 
 @pytest.mark.parametrize("name", ["clp", "lp"])

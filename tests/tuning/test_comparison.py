@@ -1,6 +1,7 @@
 """compare(): several methods on one suspect, measured alike, each kept as soon as it is done."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_every_row_is_what_purify_and_evaluate_give():
         assert row.metrics == metrics
         assert row.settings["method"] == method.name
         assert row.epochs == 2
+        assert row.passes == 1.0
         assert row.seconds > 0
     shown = str(table)
     for text in ("suspect", "plain", "far", f"{100 * table.rows[1].metrics.attack_success:.1f} %"):
@@ -86,6 +88,18 @@ def test_a_method_that_fails_leaves_the_others_alone():
     assert table.rows[1].metrics is not None
     assert "failed" in str(table)
     assert "not measured" in str(table), "no trigger was given"
+
+
+def test_the_passes_of_a_step_stand_beside_the_seconds():
+    rows = run(["ft_sam", "clp"]).rows
+    assert [row.passes for row in rows] == [2.0, 0.0]
+    unknown = fst_fast.Comparison(rows[0].metrics, (replace(rows[0], passes=None),))
+    shown = str(fst_fast.Comparison(rows[0].metrics, rows))
+    assert "passes" in shown
+    (line,) = (line for line in shown.splitlines() if "ft_sam" in line)
+    assert line.split("│")[6].strip() == "2"
+    (line,) = (line for line in str(unknown).splitlines() if "ft_sam" in line)
+    assert line.split("│")[6].strip() == ""
 
 
 def test_a_ruined_model_is_told_as_one():
@@ -159,7 +173,7 @@ def test_it_is_written_and_drawn(tmp_path):
     ("given", "text"),
     [
         ({"methods": "ft"}, r"compare: methods must be names or methods, .*; pass a list"),
-        ({"methods": []}, r"methods must be .*, got none; name one of anp, bti_dbf"),
+        ({"methods": []}, r"methods must be .*, got none; name one of anp, bna, bti_dbf"),
         ({"methods": ["ft", "ft"]}, r"got 'ft' twice; give each a label of its own"),
         ({"methods": {"a/b": "ft"}}, r"got the label 'a/b'; it names a folder"),
         ({"methods": ["no such"]}, r"method must be one of"),
