@@ -4,10 +4,10 @@
 
 A pass is the lab's ResNet-18 of width 8 forward and backward, with its loss, on the same batches of
 32 x 32 images. A step's time is that of an epoch, but the first and the last, by its steps;
-searches beside the steps are left out. Times are CPU seconds of the process on one thread, so that others on
-the machine count little. A pass is timed just before and after each epoch, and the ratio is the
-median over the epochs of step / (passes x pass). A row is written as soon as it is there, and rows
-that are there are not measured again.
+searches beside the steps are left out. Times are CPU seconds of the process on one thread, so that
+others on the machine count little. A pass is timed just before and after each epoch, and the ratio
+is the median over the epochs of step / (passes x pass). A row is written as soon as it is there,
+and rows that are there are not measured again.
 """
 
 import argparse
