@@ -1,11 +1,12 @@
-"""Rows of the README's tables of the suites loop, evaluate and end2end."""
+"""Rows of the tables of the suites loop, evaluate and end2end, and a sentence about them."""
 
 from fst_fast.bench.table import percent, spread
 from fst_fast.bench.table import time as microseconds
 
 TIMES = ("cold", "warm", "x plain", "floor / warm")
 LOOP_HEADER = ["case", "threads", "rung", "precision", *TIMES]
-SHARED = ("plain", "purify (auto)")
+OURS = "purify (auto)"
+SHARED = ("plain", OURS)
 SHARES_HEADER = ["case", "threads", "work", *SHARED]
 MEASURED = ("clean_accuracy", "attack_success")
 END2END_HEADER = [
@@ -69,3 +70,40 @@ def end2end_rows(case):
         reached = [spread(row[name]) for name in MEASURED]
         rows.append([*start, f"{row['variant']}: refused", "", *[""] * 4, *reached])
     return rows
+
+
+def how_fast(measured, defaults):
+    """Sentences of the plain loop against purify, and of what the default takes.
+
+    Args:
+        measured: (record, case) of the suite loop.
+        defaults: seconds of the default's runs, by the device's name.
+    """
+    parts = []
+    for record, case in measured:
+        rows = {row["variant"]: row for row in case["variants"]}
+        width, images, epochs = case["shape"]
+        if {"plain", OURS} <= set(rows) and images >= 1000:
+            plain, ours = (rows[name]["p50_us"] for name in ("plain", OURS))
+            parts.append(
+                f"{microseconds(ours)} on {device_name(record)} ({plain / ours:.1f} times as fast "
+                f"as a plain PyTorch loop, width {width})"
+            )
+    text = (
+        "Published FST on a ResNet-18 with 1,000 images of 32 x 32 pixels, 10 epochs: "
+        + "; ".join(parts)
+        + "."
+    )
+    for name, seconds in defaults.items():
+        least, most = min(seconds), max(seconds)
+        text += f" The default, which also searches: {least:.0f} to {most:.0f} s on {name}."
+    if not any("NVIDIA" in name for name in defaults):
+        text += " It has not yet been measured on a GPU."
+    return text
+
+
+def device_name(record):
+    """The device's name as a sentence has it."""
+    device = record["device"]
+    cores = f"{device['cores']} cores of " if device["type"] == "cpu" else "an "
+    return f"{cores}{device['name']}"

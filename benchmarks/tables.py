@@ -1,118 +1,31 @@
-"""Write the tables of the documents from the records: python benchmarks/tables.py [--check]"""
+"""Write the documents' tables and figures: python benchmarks/tables.py [--check]
 
-import json
+They are made of the records under benchmarks/results; the lists of commands, triggers and methods,
+of the code.
+"""
+
 import re
 import sys
-from pathlib import Path
+import textwrap
 
+from efficacy_tables import attacks, efficacy, evidence, how_well, suspects
+from figures import FIGURES, measured_cases
 from ladder_tables import (
     END2END_HEADER,
     LOOP_HEADER,
     SHARES_HEADER,
     end2end_rows,
+    how_fast,
     loop_rows,
     overhead,
     shares_rows,
 )
+from record_files import ROOT, default_seconds, newest, newest_cases
+from reference_tables import commands, method_list, zoo
 
 from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import error_ratio, markdown, size
 from fst_fast.bench.table import time as microseconds
-from fst_fast.sweep import tables
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/alpha.md", "docs/performance.md", "docs/reliability.md")
-
-
-def newest(pattern):
-    """The newest record of each folder and name; names start with their date."""
-    paths = sorted(RESULTS.glob(pattern))
-    by_name = {(path.parent.name, path.name[len("2026-01-01") :]): path for path in paths}
-    return [json.loads(path.read_text()) for path in by_name.values()]
-
-
-def percent(rate):
-    return f"{100 * rate:.1f}"
-
-
-def efficacy():
-    """Clean accuracy / attack success: a row for each suspect, a column for each method."""
-    parts = []
-    for record in newest("*/*-efficacy-*-images.json"):
-        title = f"{record['clean_images']} clean images, {record['date']}, {record['commit'][:7]}:"
-        parts.append(f"{title}\n\n{markdown(*tables.by_suspect(record))}")
-    return "\n\n".join(parts) or "Not yet measured."
-
-
-def evidence():
-    """What ``fst-fast lab table`` measured: suspect by suspect, and method by method."""
-    found = [record for record in newest("*/*-efficacy-*.json") if "settings" in record]
-    parts = [
-        "\n\n".join(
-            [
-                f"{tables.about(record)}:",
-                markdown(*tables.by_suspect(record)),
-                markdown(*tables.by_method(record)),
-            ]
-        )
-        for record in found
-    ]
-    return "\n\n".join(parts) or "Not yet measured."
-
-
-def suspects():
-    """Classifiers that others trained: clean accuracy / attack success (robust accuracy)."""
-    parts = []
-    for record in newest("*/*-suspects.json"):
-        cells = {}
-        for row in record["rows"]:
-            cells.setdefault((row["suspect"], row["method"]), []).append(row)
-        names = list(dict.fromkeys(name for name, _ in cells))
-        methods = list(dict.fromkeys(method for _, method in cells))
-        rows = [
-            [name, *(suspect_cell(cells.get((name, m), [])) for m in methods)] for name in names
-        ]
-        protocol = record["protocol"]
-        seeds = len({row["seed"] for row in record["rows"]} - {None})
-        older = {row["method"]: row["commit"] for row in record["rows"] if "commit" in row}
-        named = [f"{method} at {commit[:7]}" for method, commit in older.items()]
-        title = (
-            f"{protocol['clean_images']} clean images, {protocol['test_images']} test images, "
-            f"{seeds} seed{'s' * (seeds != 1)}, {record['date']}, "
-            f"{', '.join([commit_of(record), *named])}:"
-        )
-        parts.append(f"{title}\n\n{markdown(['suspect', *methods], rows)}")
-    return "\n\n".join(parts) or "Not yet measured."
-
-
-def suspect_cell(rows):
-    """Means over the seeds; empty where nothing was run."""
-    if not rows:
-        return ""
-
-    def mean(name):
-        return percent(sum(row[name] for row in rows) / len(rows))
-
-    if rows[0]["attack_success"] is None:
-        return mean("clean_accuracy")
-    attack = f"{mean('attack_success')} ({mean('robust_accuracy')})"
-    return f"{mean('clean_accuracy')} / {attack}"
-
-
-def attacks():
-    """Accuracy and attack success of two attacks on one small network."""
-    rows = [
-        [
-            row["trigger"]["name"],
-            f"{row['rate']:.1%}",
-            percent(row["clean_accuracy"]),
-            percent(row["attack_success"]),
-        ]
-        for record in newest("*/*-attacks.json")
-        for row in record["rows"]
-    ]
-    return markdown(["attack", "poisoned", "clean accuracy", "attack success"], rows)
 
 
 def heads():
@@ -204,25 +117,6 @@ def bench_tables(suite, op, header, rows_of, note=lambda record: ""):
     return "\n\n".join(parts)
 
 
-def newest_cases(device, suite):
-    """The records of a suite, newest first, each with those cases that no newer one has.
-
-    A GPU is shown beside another model of GPU; a CPU gives way to the newest one measured.
-    """
-    records = [json.loads(p.read_text()) for p in RESULTS.glob(f"{device}/*-{suite}.json")]
-    seen = set()
-    for record in sorted(records, key=lambda record: record["time"], reverse=True):
-        own = record["device"]["name"] if device == "cuda" else None
-        cases = [case for case in record["cases"] if (own, case_key(case)) not in seen]
-        seen.update((own, case_key(case)) for case in cases)
-        yield {**record, "cases": cases}
-
-
-def case_key(case):
-    """Without the number of threads: a case measured anew on another is not shown twice."""
-    return case["op"], case.get("family"), *case["shape"], case["dtype"]
-
-
 def bench_title(record):
     rates = "; ".join(
         f"threads {row['threads']}: copy {row['copy_gb_per_s']:.0f} GB/s, `torch.mm` float32 "
@@ -279,6 +173,11 @@ def cell(row):
     return f"{microseconds(row['p50_us'])} ({row['variant']})"
 
 
+def prose(make):
+    """The text in lines of the documents' width."""
+    return lambda: textwrap.fill(make(), 100, break_long_words=False, break_on_hyphens=False)
+
+
 SMALL_BYTES = 4e6
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 BENCH_HEADER = [
@@ -306,25 +205,63 @@ TABLES = {
     "attacks": attacks,
     "suspects": suspects,
     "reliability": reliability,
+    "commands": commands,
+    "triggers": zoo,
+    "methods": method_list,
+    "how_well": prose(how_well),
+    "how_fast": prose(lambda: how_fast(measured_cases("loop", "loop"), default_seconds())),
 }
 
 
-def fill(text):
-    for name, make in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, make=make: m[1] + make() + "\n" + m[2], text, flags=re.S)
-    return text
+FIGURE_FOLDER = ROOT / "docs" / "figures"
+
+
+def figure(name, path):
+    """The picture, for a document at this path; its alternative text is the figure's label."""
+    drawing = FIGURES[name]()
+    if drawing is None:
+        return "Not yet measured."
+    place = "/".join([*[".."] * (len(path.relative_to(ROOT).parts) - 2), "figures", f"{name}.svg"])
+    if path.parent == ROOT:
+        place = f"docs/figures/{name}.svg"
+    return f"![{drawing.label}]({place})"
+
+
+def fill(text, path):
+    """The document with what its marks ask for: tables and texts, or figures."""
+
+    def made(found):
+        kind, name = found[1], found[2]
+        new = figure(name, path) if kind == "figure" else TABLES[name]()
+        return f"<!-- {kind}: {name} -->\n{new}\n<!-- end -->"
+
+    pattern = r"<!-- (table|figure): (\w+) -->\n.*?<!-- end -->"
+    return re.sub(pattern, made, text, flags=re.S)
+
+
+def written():
+    """Each generated file by path, with the text that it must have."""
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = {path: fill(path.read_text(), path) for path in documents}
+    for name, make in FIGURES.items():
+        drawing = make()
+        if drawing is not None:
+            found[FIGURE_FOLDER / f"{name}.svg"] = drawing.svg()
+    return found
 
 
 def main():
-    for name in DOCUMENTS:
-        path = ROOT / name
-        before = path.read_text()
-        after = fill(before)
-        if "--check" in sys.argv and before != after:
-            return f"{name} is not what the records say; run make tables"
-        if before != after:
-            path.write_text(after)
+    stale = {
+        path: text
+        for path, text in written().items()
+        if not path.exists() or path.read_text() != text
+    }
+    if "--check" in sys.argv:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        return f"not what the records and the code say: {names}; run make figures" if stale else 0
+    for path, text in stale.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 
 import pytest
+import record_files
 import tables
 import torch
 
@@ -235,13 +236,13 @@ def test_no_gpu_is_said(capsys):
 
 
 def test_tables_say_what_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record_files, "RESULTS", tmp_path)
     assert tables.head() == "Not yet measured on a CPU.\n\nNot yet measured on a GPU."
 
 
 def test_tables_take_the_newest_record(recorded, tmp_path, monkeypatch):
     record = json.loads(recorded[0].read_text())
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record_files, "RESULTS", tmp_path)
     records.write({**record, "commit": "a" * 40, "time": "2026-01-01T10:00:00+00:00"}, tmp_path)
     # Earlier, though its name comes last.
     old = {**record, "commit": "f" * 40, "time": "2026-01-01T09:00:00+00:00", "cases": []}
@@ -258,7 +259,7 @@ def test_tables_take_the_newest_record(recorded, tmp_path, monkeypatch):
 
 def test_a_case_that_the_newest_record_lacks_is_an_older_ones(recorded, tmp_path, monkeypatch):
     record = json.loads(recorded[0].read_text())
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record_files, "RESULTS", tmp_path)
     loss = [case for case in record["cases"] if case["op"] == "head_deviation_loss"]
     old = {**record, "commit": "b" * 40, "time": "2026-01-01T09:00:00+00:00", "cases": loss}
     new = {**old, "commit": "c" * 40, "time": "2026-01-01T10:00:00+00:00", "cases": loss[:1]}
@@ -273,7 +274,7 @@ def test_a_case_that_the_newest_record_lacks_is_an_older_ones(recorded, tmp_path
 
 def test_tables_show_where_ours_is_missing(recorded, tmp_path, monkeypatch):
     record = json.loads(recorded[0].read_text())
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record_files, "RESULTS", tmp_path)
     for case in record["cases"]:
         case["variants"] = [row for row in case["variants"] if not row["ours"]]
     records.write({**record, "device": {"type": "cuda", "name": "some GPU"}}, tmp_path)

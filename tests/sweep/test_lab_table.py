@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from sweep_cases import write_parts
 
-from fst_fast.cli.main import _parser, main
+from fst_fast.cli.main import build_parser, main
 from fst_fast.sweep import grid, table, tables
 from fst_fast.sweep.grid import Cell, Choice
 from fst_fast.sweep.presets import PRESETS
@@ -243,7 +243,7 @@ def test_the_full_preset_has_what_the_evidence_needs():
     assert {"badnets", "blended", "sig", "wanet", "batt-rotation", "siba"} <= set(full.attacks)
     assert {0.05, 0.01, 0.005} <= set(full.rates)
     assert (full.arch, full.seeds) == ("resnet18:16", 3)
-    assert _parser().parse_args(["lab", "table", "--preset", "full"]).methods == (
+    assert build_parser().parse_args(["lab", "table", "--preset", "full"]).methods == (
         *("none", "ft", "ft_init", "fe", "lp", "fst:0.2", "fst_auto", "fst:auto"),
     )
 

@@ -1,0 +1,119 @@
+"""Tables of what the package offers: its commands, its triggers, its methods; from the code."""
+
+import argparse
+import inspect
+import re
+
+from fst_fast import methods, triggers
+from fst_fast.bench.table import markdown
+from fst_fast.cli.main import build_parser
+
+
+def commands():
+    """A section for each command, with its arguments."""
+    return "\n\n".join(_sections(build_parser(), "fst-fast", 2))
+
+
+def _sections(parser, name, level):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help for choice in action._choices_actions}
+            for inner, sub in action.choices.items():
+                full = f"{name} {inner}"
+                text = [f"{'#' * level} {full}", f"{_sentence(helps[inner])}"]
+                rows = [_argument(one) for one in sub._actions if _is_shown(one)]
+                if rows:
+                    text.append(markdown(["argument", "meaning"], rows))
+                if sub.epilog:
+                    text.append(f"```\n{sub.epilog.partition(':')[2].strip()}\n```")
+                yield "\n\n".join(text)
+                yield from _sections(sub, full, level + 1)
+
+
+def _sentence(text):
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _is_shown(action):
+    return not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+
+
+def _argument(action):
+    """The argument as it is typed; its help, its choices and its default."""
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+    if not action.option_strings:
+        names = f"`{action.metavar or action.dest}`"
+    elif action.nargs != 0 and not action.choices:
+        names += f" `{value}`"
+    said = (action.help or "").replace("%%", "%")
+    meaning = [_cell(said)] if said else []
+    if action.choices and not action.metavar:
+        meaning.append("one of " + ", ".join(f"`{choice}`" for choice in action.choices))
+    if getattr(action, "required", False) and action.option_strings:
+        meaning.append("required")
+    default = action.default
+    if default not in (None, False, argparse.SUPPRESS, []) and "default" not in said:
+        meaning.append(f"default: `{default}`")
+    return [names.replace("|", "\\|"), "; ".join(meaning)]
+
+
+def _cell(text):
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def zoo():
+    """A row for each trigger."""
+    rows = []
+    for name, kind in triggers.ZOO.items():
+        given = inspect.signature(kind).parameters.values()
+        needs = [one.name for one in given if one.default is inspect.Parameter.empty]
+        settings = [f"`{p.name}={p.default!r}`" for p in given if p.name not in needs]
+        settings = [text if len(text) < 60 else text.partition("=")[0] + "`" for text in settings]
+        rows.append(
+            [
+                f"`{name}`",
+                _cell(_summary(kind)),
+                _cell(_source(kind)),
+                ", ".join([*(f"`{n}` (must be given)" for n in needs), *settings]),
+            ]
+        )
+    return markdown(["name", "what it changes", "source", "settings"], rows)
+
+
+def _summary(kind):
+    return _plain(inspect.getdoc(kind).splitlines()[0])
+
+
+def _plain(text):
+    """Without the marks of reStructuredText."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+
+
+def _source(kind):
+    """The first paper that the docstring, or else the file's, names by its arXiv number."""
+    for text in (inspect.getdoc(kind), inspect.getmodule(kind).__doc__):
+        found = re.search(r"arXiv[ :]*(\d{4}\.\d{4,5})", text or "")
+        if found:
+            return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
+    return ""
+
+
+def method_list():
+    """A row for each method of this package."""
+    rows = []
+    for name, kind in sorted(methods.METHODS.items()):
+        settings = dict(methods.get(name).settings())
+        del settings["method"]
+        rows.append(
+            [
+                f"`{name}`",
+                _cell(_summary(kind)),
+                _cell(" ".join(inspect.getmodule(kind).__doc__.split("\n\n")[0].split())),
+                kind.cost,
+                _cell(kind.needs),
+                ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
+            ]
+        )
+    header = ["name", "what it does", "source", "passes a step", "needs", "settings"]
+    return markdown(header, rows)
