@@ -1,6 +1,6 @@
 """Tables and sentences of what each method makes of backdoored classifiers."""
 
-from record_files import lab_table, newest, published_suspects
+from record_files import newest, published_suspects
 
 from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import markdown

@@ -82,7 +82,7 @@ def how_fast(measured, defaults):
     parts = []
     for record, case in measured:
         rows = {row["variant"]: row for row in case["variants"]}
-        width, images, epochs = case["shape"]
+        width, images, _ = case["shape"]
         if {"plain", OURS} <= set(rows) and images >= 1000:
             plain, ours = (rows[name]["p50_us"] for name in ("plain", OURS))
             parts.append(

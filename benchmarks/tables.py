@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 from efficacy_tables import attacks, efficacy, evidence, how_well, suspects
-from figures import FIGURES, measured_cases
+from figures import FIGURES
 from ladder_tables import (
     END2END_HEADER,
     LOOP_HEADER,
@@ -22,6 +22,7 @@ from ladder_tables import (
 )
 from record_files import ROOT, default_seconds, newest, newest_cases
 from reference_tables import commands, method_list, zoo
+from speed_figures import measured_cases
 
 from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import error_ratio, markdown, size
