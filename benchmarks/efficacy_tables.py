@@ -1,6 +1,6 @@
 """Tables and sentences of what each method makes of backdoored classifiers."""
 
-from record_files import newest, published_suspects
+from record_files import lab_table, newest, published_suspects
 
 from fst_fast.bench.records import commit_of
 from fst_fast.bench.table import markdown
@@ -115,7 +115,7 @@ def how_well():
         f"{max(changes):+.1f} points."
     )
     if tuned:
-        text += f" Plain fine-tuning left {mean(tuned):.0f} % (of {len(tuned)})."
+        text += f" Plain fine-tuning left {mean(tuned):.0f} % (mean of {len(tuned)} of them)."
     harmless = [
         m["auto"]["clean_accuracy"] - m["none"]["clean_accuracy"]
         for m in found.values()
@@ -126,6 +126,17 @@ def how_well():
             f" Classifiers without a backdoor: {mean(harmless):+.1f} points (of {len(harmless)})."
         )
     return text
+
+
+def in_the_lab():
+    """Say what the figures of the lab's table are of, and whether the default is among it."""
+    record = lab_table()
+    if record is None:
+        return "Not yet measured."
+    methods = {row["method"] for made in record["suspects"].values() for row in made["rows"]}
+    missing = {"auto", "trigger_unlearning"}.isdisjoint(methods)
+    note = " The default is not in it: it has not been measured on these models yet."
+    return f"From the record {tables.about(record)}.{note if missing else ''}"
 
 
 def mean(values):

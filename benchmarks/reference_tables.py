@@ -70,50 +70,37 @@ def zoo():
         needs = [one.name for one in given if one.default is inspect.Parameter.empty]
         settings = [f"`{p.name}={p.default!r}`" for p in given if p.name not in needs]
         settings = [text if len(text) < 60 else text.partition("=")[0] + "`" for text in settings]
-        rows.append(
-            [
-                f"`{name}`",
-                _cell(_summary(kind)),
-                _cell(_source(kind)),
-                ", ".join([*(f"`{n}` (must be given)" for n in needs), *settings]),
-            ]
-        )
-    return markdown(["name", "what it changes", "source", "settings"], rows)
+        needed = [f"`{one}` (must be given)" for one in needs]
+        rows.append([f"`{name}`", _linked(_summary(kind)), ", ".join([*needed, *settings])])
+    return markdown(["name", "what it changes", "settings"], rows)
 
 
 def _summary(kind):
-    return _plain(inspect.getdoc(kind).splitlines()[0])
+    return inspect.getdoc(kind).splitlines()[0]
 
 
-def _plain(text):
-    """Without the marks of reStructuredText."""
-    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-
-
-def _source(kind):
-    """The first paper that the docstring, or else the file's, names by its arXiv number."""
-    for text in (inspect.getdoc(kind), inspect.getmodule(kind).__doc__):
-        found = re.search(r"arXiv[ :]*(\d{4}\.\d{4,5})", text or "")
-        if found:
-            return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
-    return ""
+def _linked(text):
+    """A docstring's sentence as Markdown, its papers linked."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+    link = r"[arXiv \1](https://arxiv.org/abs/\1)"
+    return re.sub(r"arXiv[ :]*(\d{4}\.\d{4,5})", link, _cell(text))
 
 
 def method_list():
-    """A row for each method of this package."""
-    rows = []
-    for name, kind in sorted(methods.METHODS.items()):
-        settings = dict(methods.get(name).settings())
-        del settings["method"]
-        rows.append(
-            [
-                f"`{name}`",
-                _cell(_summary(kind)),
-                _cell(" ".join(inspect.getmodule(kind).__doc__.split("\n\n")[0].split())),
-                kind.cost,
-                _cell(kind.needs),
-                ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
-            ]
-        )
-    header = ["name", "what it does", "source", "passes a step", "needs", "settings"]
-    return markdown(header, rows)
+    """A section for each method of this package."""
+    return "\n\n".join(_method(name, kind) for name, kind in sorted(methods.METHODS.items()))
+
+
+def _method(name, kind):
+    settings = dict(methods.get(name).settings())
+    del settings["method"]
+    factor = kind.epochs_factor
+    cost = kind.cost if factor == 1 else f"{kind.cost}, in {factor} x the epochs"
+    facts = [
+        ("Source", _linked(inspect.getmodule(kind).__doc__.split("\n\n")[0])),
+        ("Passes a step", cost),
+        ("Needs of the model", _cell(kind.needs) or "nothing special"),
+        ("Settings", ", ".join(f"`{key}={value!r}`" for key, value in settings.items())),
+    ]
+    lines = [f"- {title}: {text}" for title, text in facts]
+    return "\n".join([f"## {name}", "", _linked(_summary(kind)), "", *lines])

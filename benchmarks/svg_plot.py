@@ -128,14 +128,14 @@ def dot_rows(label: str, panels: Sequence[Panel], series: Sequence[Series], colu
     gutter = 14 + CHARACTER * max(map(len, names), default=0)
     # Panels side by side show the same rows; only the first of them names these.
     width = 760.0
-    plot = (width - gutter - 24 - 30 * (columns - 1)) / columns
+    plot = (width - gutter - 24 - 48 * (columns - 1)) / columns
     lines = [panels[at : at + columns] for at in range(0, len(panels), columns)]
     height = 34 + sum(64 + ROW * max(len(p.rows) for p in line) for line in lines)
     drawing = Drawing(width, height, label)
     y = 16 + key(drawing, series, 8, 16)
     for line in lines:
         for at, panel in enumerate(line):
-            left = gutter + at * (plot + 30)
+            left = gutter + at * (plot + 48)
             _dots(drawing, panel, series, left, y, plot, named=at == 0)
         y += 64 + ROW * max(len(panel.rows) for panel in line)
     drawing.height = y - 8

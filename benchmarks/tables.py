@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 
-from efficacy_tables import attacks, efficacy, evidence, how_well, suspects
+from efficacy_tables import attacks, efficacy, evidence, how_well, in_the_lab, suspects
 from figures import FIGURES
 from ladder_tables import (
     END2END_HEADER,
@@ -174,9 +174,16 @@ def cell(row):
     return f"{microseconds(row['p50_us'])} ({row['variant']})"
 
 
-def prose(make):
-    """The text in lines of the documents' width."""
-    return lambda: textwrap.fill(make(), 100, break_long_words=False, break_on_hyphens=False)
+def item(title, make):
+    """An item of a list, in lines of the documents' width."""
+
+    def made():
+        text = f"- **{title}** {make()}"
+        return textwrap.fill(
+            text, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+
+    return made
 
 
 SMALL_BYTES = 4e6
@@ -209,8 +216,11 @@ TABLES = {
     "commands": commands,
     "triggers": zoo,
     "methods": method_list,
-    "how_well": prose(how_well),
-    "how_fast": prose(lambda: how_fast(measured_cases("loop", "loop"), default_seconds())),
+    "how_well": item("How well.", how_well),
+    "how_fast": item(
+        "How fast.", lambda: how_fast(measured_cases("loop", "loop"), default_seconds())
+    ),
+    "in_the_lab": in_the_lab,
 }
 
 
