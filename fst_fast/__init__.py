@@ -20,7 +20,7 @@ from .tuning.search import search
 from .tuning.search_candidates import Candidate
 from .tuning.search_result import SearchResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Augment",

@@ -16,24 +16,33 @@ from .. import checkpoints
 from ..bench import options as bench
 from ..lab.demo import run_demo
 from ..ops import backends
-from . import compare, evaluate, inspect, lab, purify, report, search, sweep
+from . import compare, completion, evaluate, examples, inspect, lab, purify, report, search, sweep
 from . import triggers as zoo
+
+# The status of a process that SIGINT ended, as shells have it.
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 usage, 130 Ctrl-C."""
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"fst-fast {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"fst-fast {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="fst-fast", description="Remove backdoors from image classifiers."
     )
+    version = f"fst-fast {checkpoints.versions()['fst_fast']}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="poison, train, purify and measure on digits")
@@ -74,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="backends, how they were built, what is missing")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
+
+    completion.add_command(commands, parser)
+    examples.add(commands.choices)
     return parser
 
 
