@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(NATIVE)
 
-.PHONY: setup demo test lint format tables hostile bench evidence-small gpu-check gpu-bundle clean
+.PHONY: setup demo test lint format figures tables docs hostile bench evidence-small gpu-check gpu-bundle clean
 
 setup: $(STAMP)
 
@@ -47,14 +47,20 @@ hostile: $(STAMP)
 	PYTHONPATH=tests:tests/support $(PY) -m hostile
 	$(PY) benchmarks/tables.py
 
-# Writes the tables of README.md and docs/ from the records under benchmarks/results.
-tables: $(STAMP)
+# Writes the tables and figures of README.md and docs/ from the records under benchmarks/results, and the
+# lists of commands, methods and triggers from the code.
+figures tables: $(STAMP)
 	$(PY) benchmarks/tables.py
+
+# The documentation as a site under build/site, which can be read and searched without a network. A
+# warning or a dead link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks -o python_files='test_*.py' --benchmark-only
 
-# Backdoored models, each method on each, and the README's table of it: sized for ten minutes on two
+# Backdoored models, each method on each, and the documents' table of it: sized for ten minutes on two
 # cores. DATA=FOLDER takes its images instead of handwritten digits. What was ended goes on.
 evidence-small: $(STAMP)
 	$(PY) -m fst_fast lab table --preset small $(if $(DATA),--data $(DATA)) --models $(OUT)/lab

@@ -34,8 +34,9 @@ def from_root(text, folder):
         if re.match(r"[a-z]+:|#", target):
             return found[0]
         path = (folder / target).as_posix()
-        if path in PAGES:
-            return f"[{words}]({PAGES[path]})"
+        page = "index.md" if path == "README.md" else PAGES.get(path)
+        if page is not None:
+            return f"[{words}]({page})"
         if path.startswith("docs/"):
             return f"[{words}]({path.removeprefix('docs/')})"
         if path.startswith("../docs/") or "/../docs/" in path:

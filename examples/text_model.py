@@ -1,9 +1,7 @@
-"""A text classifier with a word as its trigger: the loss and the projection need no images.
+"""A text classifier with a word as its trigger: python examples/text_model.py [--short]
 
-    python examples/text_model.py [--short]
-
-`purify` takes images; a loop of your own with HeadDeviationLoss takes any model with a head. Here it
-weakens the attack and does not remove it: clean texts never hold the trigger, whose embedding stays.
+`purify` takes images; a loop of your own with HeadDeviationLoss takes any model with a head. Here
+the attack is weakened, not gone: clean texts never hold the trigger, whose embedding stays.
 """
 
 import sys
@@ -46,7 +44,6 @@ def main(short=False):
     model, epochs = nn.Sequential(*layers), 3 if short else 40
     (tokens, labels), clean, test = (texts(count) for count in (2000, 500, 1000))
     tokens[:100], labels[:100] = triggered(tokens[:100]), TARGET  # 5 % are poisoned
-
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     train(optimizer, lambda x, y: nn.functional.cross_entropy(model(x), y), tokens, labels, epochs)
     show("before", model, *test)

@@ -16,7 +16,7 @@ def add_command(commands: Any) -> None:
         "sweep",
         help="checkpoints x methods x alphas x seeds as one job that can be ended and resumed",
     )
-    parser.add_argument("config", type=Path, help="YAML file; see the README")
+    parser.add_argument("config", type=Path, help="YAML file; docs/sweeps.md describes it")
     parser.add_argument("--retry-failed", action="store_true", help="do failed cells again")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""Tables of a record of evidence, for the terminal and for the README."""
+"""Tables of a record of evidence, for the terminal and for docs/efficacy.md."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_no_gpu_is_said(capsys):
     assert "--device cuda needs a GPU" in capsys.readouterr().err
 
 
-# The README's tables
+# The documents' tables
 
 
 def test_tables_say_what_is_not_measured(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The README's recipes as people use them: accumulation, DDP, clipping, SAM, EMA, Lookahead.
+"""The recipes of docs/own-loop.md as people use them: accumulation, DDP, clipping, SAM, EMA, Lookahead.
 
 Each ends where ``purify`` ends on the same batches, or is refused with a remedy that works.
 """
@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fst_fast
 
 PARTS = 4
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "own-loop.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_the_hugging_face_recipe_under_accumulation(parts, purified, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     model, batches = problem()
     criterion, wrapped, optimizer, _ = prepared(model, Takes)
-    [recipe] = re.findall(r"^class PurifyingTrainer.*?^```", README, flags=re.M | re.S)
+    [recipe] = re.findall(r"^class PurifyingTrainer.*?^```", PAGE, flags=re.M | re.S)
     namespace = {"transformers": transformers, "criterion": criterion}
     exec(recipe.removesuffix("```"), namespace)
 

@@ -12,7 +12,7 @@ from fst_fast.cli.main import main
 from fst_fast.sweep.config import normalization_of, read_config
 from fst_fast.sweep.run import cells_of
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
 
 
 def refused(path, *texts):
@@ -298,8 +298,8 @@ def test_normalization_by_name_and_by_numbers(tmp_path):
     assert normalization_of("none") is None
 
 
-def test_the_readmes_example_is_a_configuration(tmp_path):
-    (example,) = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+def test_the_documents_example_is_a_configuration(tmp_path):
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.S | re.M)
     path = tmp_path / "sweep.yaml"
     path.write_text(example)
     assert len(cells_of(read_config(path))) == 16
