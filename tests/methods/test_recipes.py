@@ -1,4 +1,4 @@
-"""The recipes of docs/own-loop.md as people use them: accumulation, DDP, clipping, SAM, EMA, Lookahead.
+"""The recipes of docs/own-loop.md as people use them: accumulation, DDP, clipping, SAM, EMA.
 
 Each ends where ``purify`` ends on the same batches, or is refused with a remedy that works.
 """
