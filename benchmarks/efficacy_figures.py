@@ -22,6 +22,7 @@ NOTHING = "none"
 DEFAULT = "auto"
 BEFORE = Series("before", "circle", ORANGE, filled=False)
 AFTER = Series("after purify", "circle", BLUE)
+CLEANED = Series("after", "circle", BLUE)
 RETUNED = Series("after five poisoned images in further tuning", "diamond", PURPLE, filled=False)
 TUNED = Series("after plain fine-tuning", "cross")
 # A method without an entry takes the next of these that no other has.
@@ -180,7 +181,7 @@ def retuned():
         if "retuned" not in after:
             continue
         values = (methods[NOTHING]["attack_success"], after["attack_success"], after["retuned"])
-        names = (one.name for one in (BEFORE, AFTER, RETUNED))
+        names = (one.name for one in (BEFORE, CLEANED, RETUNED))
         rows.append((suspect, dict(zip(names, values, strict=True))))
     if not rows:
         return None
@@ -191,4 +192,4 @@ def retuned():
         f"{rose} of {len(rows)} suspects."
     )
     title = f"Attack success, % ({method})"
-    return dot_rows(label, [Panel(title, rows)], (BEFORE, AFTER, RETUNED))
+    return dot_rows(label, [Panel(title, rows)], (BEFORE, CLEANED, RETUNED))
