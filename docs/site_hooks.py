@@ -16,6 +16,9 @@ PAGES = {
     "examples/README.md": "examples.md",
 }
 
+# The theme takes what stands in for a worker from there; ours lies beside the pages.
+SHIM = "https://unpkg.com/iframe-worker/shim"
+
 
 def on_files(files, config):
     """Add the documents that lie outside docs/."""
@@ -53,3 +56,13 @@ def on_page_markdown(markdown, page, config, files):
     for source, name in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}")
     return markdown
+
+
+def on_post_page(output, page, config):
+    """Nothing is taken from the network."""
+    return output.replace(SHIM, f"{'../' * page.url.count('/')}assets/file_worker.js")
+
+
+def on_post_template(output_content, template_name, config):
+    """Nothing is taken from the network by the page of a missing page either."""
+    return output_content.replace(SHIM, "assets/file_worker.js")

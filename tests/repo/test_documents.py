@@ -174,3 +174,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "search" / "search_index.json").exists()
     assert "purify" in (tmp_path / "api.html").read_text()
+    for page in tmp_path.rglob("*.html"):
+        # Reading and searching need no network.
+        assert not re.findall(r"<(?:script|img|iframe)[^>]*src=.?https?:", page.read_text()), page
