@@ -13,6 +13,7 @@ from .measure.evaluate import Metrics, evaluate
 from .methods.criterion import HeadDeviationLoss
 from .methods.projection import attach
 from .tuning.compare import Compared, Comparison, compare
+from .tuning.distributed import LostRankError
 from .tuning.many import Outcome, purify_many
 from .tuning.purify import purify
 from .tuning.result import HeadShift, PurifyResult
@@ -31,6 +32,7 @@ __all__ = [
     "HeadDeviationLoss",
     "HeadShift",
     "LoadError",
+    "LostRankError",
     "Metrics",
     "Outcome",
     "PurifyResult",

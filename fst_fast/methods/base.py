@@ -282,6 +282,8 @@ class Method:
     cost: ClassVar[str] = "1"
     # A model must have this, beside a head.
     needs: ClassVar[str] = ""
+    # In a data parallel run a model sees a rank's rows alone: a method that hooks into it says no.
+    data_parallel: ClassVar[bool] = True
 
     project: bool = False
 

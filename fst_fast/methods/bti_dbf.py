@@ -55,6 +55,8 @@ class BTIDBF(Method):
     cost: ClassVar[str] = "1.1, and the searches"
     # Its loss is one of features and logits.
     needs_logits: ClassVar[bool] = True
+    # It reads the head's input by a hook.
+    data_parallel: ClassVar[bool] = False
 
     share: float = 0.1
     rounds: int = 5

@@ -141,17 +141,13 @@ def check_callbacks(callbacks: object, where: str = "purify") -> tuple[Any, ...]
     return listed
 
 
-def check_one_process(where: str = "purify") -> None:
-    """Raise RuntimeError where several processes share a group: each would tune its own model."""
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
-        return
-    raise RuntimeError(
-        f"{where}: must run in one process, got rank {group.get_rank()} of "
-        f"{group.get_world_size()}, each of which would tune a model of its own; call it on one "
-        "rank before init_process_group, use fst_fast.HeadDeviationLoss in your loop under DDP, or "
-        "fst-fast sweep for many models on many GPUs"
-    )
+def check_batch_norm(batch_norm: object, where: str = "purify") -> None:
+    """Raise ValueError unless it says over which images a data parallel run takes batch norm."""
+    if batch_norm not in ("global", "rank"):
+        raise ValueError(
+            f'{where}: batch_norm must be "global" (over the whole batch) or "rank" (over each '
+            f"rank's own rows), got {batch_norm!r}"
+        )
 
 
 def check_validation(validation: Batches | None, device: torch.device, classes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
@@ -22,9 +23,14 @@ class Feed(Protocol):
 
     Attributes:
         gives_features: whether a batch is the head's input rather than the model's.
+        watched: whether ``digest`` is wanted.
+        digest: a number that tells what was staged last from other batches; 0 where that would
+            wait for the device.
     """
 
     gives_features: bool
+    watched: bool
+    digest: int
 
     def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int, int]]:
         """Stage the batches of an epoch, as they are asked for.
@@ -54,7 +60,7 @@ class LoaderFeed:
         keeps: batches of one shape take the same memory, as a replayed step needs.
     """
 
-    gives_features = False
+    gives_features, watched, digest = False, False, 0
 
     def __init__(
         self, batches: Batches, place: Place, device: torch.device, classes: int, keeps: bool
@@ -68,6 +74,8 @@ class LoaderFeed:
             images, labels = check_batch(
                 batch, self._batches.where, self._device, self._classes, values=epoch == 0
             )
+            if self.watched:
+                self.digest = _digest_of(images, labels)
             kind = tuple(images.shape)
             held = self._held.get(kind) if self._keeps else None
             if held is None:
@@ -104,7 +112,7 @@ class _TableFeed:
         sizes: of an epoch's batches.
     """
 
-    gives_features = False
+    gives_features, watched, digest = False, False, 0
 
     def __init__(self, rows: Tensor, sizes: list[int]) -> None:
         self._rows, self._sizes = rows, sizes
@@ -117,6 +125,8 @@ class _TableFeed:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Hashable, int, int]]:
         table = self._table(epoch)[: len(self._rows)]
+        if self.watched:
+            self.digest = _digest_of(table)
         # From pinned memory nothing waits for the device.
         table = table.pin_memory() if self._rows.is_cuda else table
         self._rows.copy_(table, non_blocking=True)
@@ -188,6 +198,18 @@ class FeatureFeed(_TableFeed):
     def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
         rows = self._taken(kind).flatten()
         return self._features.index_select(0, rows), self._labels.index_select(0, rows)
+
+
+def _digest_of(*tensors: Tensor) -> int:
+    """A checksum (CRC-32) that differs where the tensors, or some 64k elements of each, do."""
+    digest = 0
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+                tensor = tensor.permute(0, 2, 3, 1)
+            some = tensor.flatten()[:: max(1, tensor.numel() // 2**16)].contiguous()
+            digest = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), digest)
+    return digest
 
 
 def open_feed(

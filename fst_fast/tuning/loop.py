@@ -17,6 +17,8 @@ from ..methods import Method, Run
 from .averaging import WeightAverage, fresh_statistics
 from .batch_source import Feed, cache_features, open_feed
 from .cuda_graphs import Recording, Replays
+from .distributed_check import check_in_step, check_staged
+from .distributed_model import SharedModel
 from .epoch_log import Ledger
 from .interrupts import Interrupts
 from .method_run import MethodRun, Position
@@ -50,6 +52,7 @@ class Tuner(MethodRun):
     Args:
         recording: whether and how steps are recorded, to be replayed.
         ending: the name in ENDINGS of what follows the head, whose loss would be another one.
+        shared: runs the model on this rank's rows in a data parallel run; else None.
     Attributes:
         state: all tensors of the run.
         position: where the run stands.
@@ -65,8 +68,10 @@ class Tuner(MethodRun):
         tap: FeatureTap | None,
         recording: Recording,
         ending: str | None = None,
+        shared: SharedModel | None = None,
     ) -> None:
         self.model, self.method, self.settings = model, method, settings
+        self._shared, self._interrupted = shared, False
         self.epochs, self.head_lr, self.head_only_until = settings.epochs, 1.0, 0
         self.state = RunState()
         # Without a circle, the memory of a run is free as soon as nobody holds its Tuner.
@@ -77,6 +82,7 @@ class Tuner(MethodRun):
             gradients=lambda batch, closure: method.gradients(view, batch, closure),
             after=lambda: method.after_step(view),
             ending=ending,
+            shared=shared,
         )
         self.head, self.guard = self.step.head, self.step.guard
         self.average: WeightAverage | None = None
@@ -119,6 +125,7 @@ class Tuner(MethodRun):
         device = self.settings.compute.device
         feed = self._open(batches)
         feed.register(self.state)
+        feed.watched = self._shared is not None
         report.expect(self.epochs)
         replays = self._replays = self._make_replays(batches, report)
         ledger = Ledger(device, self.history[-1].seconds if self.history else 0.0)
@@ -127,6 +134,8 @@ class Tuner(MethodRun):
                 last = epoch + 1 == self.epochs
                 lr = self._begin(epoch)
                 images = self._epoch(feed, replays, interrupts, keeper)
+                if self._shared is not None:
+                    self._shared.average_buffers(self.model)
                 if images is None or ((last or looks) and self._has_failed()):
                     self._take(ledger.ready(wait=True), report)
                     if keeper is not None and self.position.within:
@@ -134,6 +143,8 @@ class Tuner(MethodRun):
                     return
                 self.position = Position(epoch + 1)
                 self._end(epoch, batches)
+                if self._shared is not None:
+                    check_in_step(self._shared.ranks, self.state, device, epoch)
                 accuracy = None if validate is None else validate(self.model)
                 values = torch.cat([self.step.totals, self.head.shift().double()])
                 values = torch.cat([values, self.guard.good_steps.double()[None]])
@@ -144,7 +155,10 @@ class Tuner(MethodRun):
                 if keeper is not None:
                     keeper.keep(self)
                 answers = [callback(records[-1], self.model) for callback in callbacks]
-                if last or self._is_to_stop(interrupts.requested, any(answers)):
+                requested, asked = interrupts.requested, any(answers)
+                if self._shared is not None:
+                    requested, asked = self._shared.ranks.any(requested, asked)
+                if last or self._is_to_stop(requested, asked):
                     return
 
     def _take(self, records: list[EpochRecord], report: ProgressReport) -> None:
@@ -221,23 +235,24 @@ class Tuner(MethodRun):
         if keeper is not None:
             keeper.begin_epoch()
         try:
-            for done, images in self._work(feed, replays, keeper):
+            for done, images in self._work(feed, replays, interrupts, keeper):
                 steps += done
                 count += images
                 self._queued[-1] = (start, steps - start.step)
                 failed = self.guard.after_step(done)
-                if failed or interrupts.requested:
+                if failed or self._is_interrupted(interrupts):
                     break
         except RuntimeError:
             # Workers of a DataLoader end on the same Ctrl-C, which the loader reports as an error.
-            if not interrupts.requested:
+            if self._shared is not None or not interrupts.requested:
                 raise
         finally:
             self.head.materialize()
             self.longest_graph = replays.longest
-        if (failed or interrupts.requested) and self._has_failed():
+        interrupted = self._is_interrupted(interrupts)
+        if (failed or interrupted) and self._has_failed():
             return None
-        if interrupts.requested:
+        if interrupted:
             self.position = Position(start.epoch, steps, count)
             self.stopped = f"interrupted at epoch {start.epoch + 1}, step {steps}"
             return None
@@ -248,8 +263,12 @@ class Tuner(MethodRun):
             )
         return count
 
+    def _is_interrupted(self, interrupts: Interrupts) -> bool:
+        """Return whether the epoch is to end here; ranks have agreed on it before the step."""
+        return interrupts.requested if self._shared is None else self._interrupted
+
     def _work(
-        self, feed: Feed, replays: Replays, keeper: Keeper | None
+        self, feed: Feed, replays: Replays, interrupts: Interrupts, keeper: Keeper | None
     ) -> Iterator[tuple[int, int]]:
         """Queue the steps of an epoch that are not done yet.
 
@@ -265,10 +284,19 @@ class Tuner(MethodRun):
                 keeper.caught_up()
             ready = staged - skipped
             while ready:
+                if self._shared is not None:
+                    self._interrupted = check_staged(
+                        self._shared.ranks, (size, feed.digest), interrupts.requested
+                    )
+                    if self._interrupted:
+                        return
                 # A whole epoch settles how many steps go together.
                 done = self._do(feed, replays, kind, 1 if position.within else ready, staged)
                 ready -= done
                 yield done, done * size
+        if self._shared is not None:
+            # The loaders of all ranks end here.
+            check_staged(self._shared.ranks, (0, 0), False)
 
     def _do(self, feed: Feed, replays: Replays, kind: Hashable, ready: int, staged: int) -> int:
         """Do one step, or, where they are one graph, some of those ready; returns how many.

@@ -115,9 +115,15 @@ class MethodRun:
 
     def logits(self, images: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
         model = self.model if model is None else model
-        with self.settings.compute.autocast():
-            output = model(self.step.place(images))
-        return self.step.logits(output)
+
+        def forward(part: torch.Tensor) -> torch.Tensor:
+            with self.settings.compute.autocast():
+                output = model(part)
+            return self.step.logits(output)
+
+        logits = self.step.on_rows(model, forward, self.step.place(images))
+        assert logits is not None
+        return logits
 
     @property
     def loss_scale(self) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,7 @@ class Guard:
         precision: "fp16" scales the loss.
         classes: labels must lie in 0..classes-1.
         lag: how many steps ago that is; None is RUN_AHEAD on a GPU and 0 elsewhere.
+        agree: replaces flags by their greatest value over the ranks of a data parallel run.
     Attributes:
         good_steps: 0-d int64, how many there were before the first that went wrong.
     """
@@ -75,7 +77,9 @@ class Guard:
         precision: str,
         classes: int,
         lag: int | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._agree = agree
         self.scales = precision == "fp16"
         self.scale = torch.full((), 2.0**16 if self.scales else 1.0, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -129,6 +133,10 @@ class Guard:
         _scale_and_check(self._statistics, self._one, self._fatal)
         self.found_inf.zero_()
         _scale_and_check(grads, self.scale.reciprocal(), self.found_inf)
+        if self._agree is not None:
+            flags = self._agree(torch.stack([self._fatal, self.found_inf]))
+            self._fatal.copy_(flags[0])
+            self.found_inf.copy_(flags[1])
         if not self.scales:
             self._fatal += self.found_inf
         # The fused optimizers compare with 1 exactly.

@@ -21,6 +21,7 @@ from .arguments import (
     needs_two_images,
 )
 from .cuda_graphs import MOST_STEPS, Recording, capture_for
+from .distributed import Ranks
 from .settings import ComputeSettings
 
 
@@ -40,6 +41,8 @@ class Plan:
     batches: Batches
     validation: Batches | None
     check: bool
+    ranks: Ranks | None = None
+    batch_norm: str = "global"
 
 
 def check_fit(model: nn.Module, plan: Plan, head: nn.Module | str | None) -> str:

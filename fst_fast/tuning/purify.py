@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data.batches import Batches, Loader, resolve_device, resolve_precision
+from ..data.batches import Batches, Loader, resolve_precision
 from ..heads.contexts import deterministic_algorithms, on_device, seeded, tuning
 from ..heads.find import head_matrix, unwrap
 from ..heads.tap import tap_features
@@ -19,12 +19,12 @@ from ..measure.evaluate import measure
 from ..methods import Method
 from ..ops import backends
 from .arguments import (
+    check_batch_norm,
     check_callbacks,
     check_choices,
     check_flags,
     check_head,
     check_model,
-    check_one_process,
     ending_of,
     frozen_note,
     plain_numbers,
@@ -32,6 +32,16 @@ from .arguments import (
 )
 from .autotune import arrange, threads_of
 from .clean_accuracy import CleanAccuracy, Judge
+from .distributed import alone_note, joined
+from .distributed_run import (
+    arranged_alike,
+    device_of_rank,
+    in_step,
+    note_of_ranks,
+    recording_of_ranks,
+    settings_of_ranks,
+    shared_model,
+)
 from .loop import Callback, Tuner
 from .plan import Plan, check_fit, check_resumable, choose_method, recording_for
 from .progress import ProgressReport
@@ -66,6 +76,7 @@ def purify(
     callbacks: Sequence[Callback] = (),
     inplace: bool = False,
     check: bool = True,
+    batch_norm: str = "global",
 ) -> PurifyResult:
     """Tune a suspect classifier on clean images so that its backdoor goes.
 
@@ -130,6 +141,8 @@ def purify(
         inplace: tune the given model instead of a copy.
         check: refuse, before the first step, tuning labels that the suspect's answers show not to
             be its own; False goes on, and the result's warnings say so.
+        batch_norm: in a data parallel run, "global" takes batch norm's statistics over the whole
+            batch, "rank" over each rank's rows of it, and averages the running ones every epoch.
     Returns:
         A :class:`PurifyResult`, with the clean accuracy before and after, and a warning where more
         than three points of it were lost. After Ctrl-C, or a loss that is not finite, it holds the
@@ -137,6 +150,12 @@ def purify(
     Raises:
         ValueError: an argument or a batch is not as described; the message says what to do.
         RuntimeError: ``backend`` is not available here.
+        LostRankError: another rank of a data parallel run has ended.
+
+    Within a process group of several ranks (``torch.distributed``), all ranks must call this with
+    the same arguments, and loaders that yield the same batches. They tune one model together, each
+    on its rows of every batch: the result is that of one process, but for the rounding of sums.
+    Rank 0 reports, and keeps the run that ``resume`` names.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
@@ -146,46 +165,53 @@ def purify(
         >>> len(result.history), result.before
         (2, 1.0)
     """
-    check_one_process()
-    check_model(unwrap(model) if isinstance(model, nn.Module) else model)
-    check_head(head)
-    check_choices(graphs, backend)
-    check_flags(progress=progress, inplace=inplace, deterministic=deterministic)
-    check_flags(compile=compile, check=check)
-    callbacks = check_callbacks(callbacks)
-    epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
-    alpha, threads, resume, steps = plain_optional(alpha, threads, resume, steps_per_epoch)
-    chosen = choose_method(method, alpha)
-    place = resolve_device(device, model)
-    compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
-    backends.choose("head_step_", place, backend)
-    resolve_precision(precision, place)
-    with on_device(place):
-        epochs *= chosen.epochs_factor
-        plan = Plan(
-            method=chosen,
-            epochs=epochs,
-            lr=lr,
-            momentum=momentum,
-            compute=compute,
-            deterministic=deterministic,
-            recording=recording_for(graphs, place),
-            seed=seed,
-            resume=resume,
-            batches=Batches(loader, epochs, "purify: loader", steps=steps),
-            validation=None
-            if validation is None
-            # It is gone through before and after the run as well.
-            else Batches(validation, epochs + 2, "purify: validation"),
-            check=check,
-        )
-        check_resumable(plan)
-        plain = unwrap(model)
-        name = check_fit(plain, plan, head)
-        tuned = plain if inplace else copy.deepcopy(plain)
-        with ProgressReport(chosen.name, epochs, progress) as report:
-            result = _purified(tuned, name, plan, report, callbacks)
-    return replace(result, model=model) if inplace else result
+    with joined("purify") as ranks:
+        check_model(unwrap(model) if isinstance(model, nn.Module) else model)
+        check_head(head)
+        check_choices(graphs, backend)
+        check_flags(progress=progress, inplace=inplace, deterministic=deterministic)
+        check_flags(compile=compile, check=check)
+        check_batch_norm(batch_norm)
+        callbacks = check_callbacks(callbacks)
+        epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
+        alpha, threads, resume, steps = plain_optional(alpha, threads, resume, steps_per_epoch)
+        chosen = choose_method(method, alpha)
+        place = device_of_rank(device, model, ranks)
+        compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
+        backends.choose("head_step_", place, backend)
+        resolve_precision(precision, place)
+        with on_device(place):
+            epochs *= chosen.epochs_factor
+            plan = Plan(
+                method=chosen,
+                epochs=epochs,
+                lr=lr,
+                momentum=momentum,
+                compute=compute,
+                deterministic=deterministic,
+                recording=recording_of_ranks(graphs, ranks) or recording_for(graphs, place),
+                seed=seed,
+                resume=resume,
+                batches=Batches(loader, epochs, "purify: loader", steps=steps),
+                validation=None
+                if validation is None
+                # It is gone through before and after the run as well.
+                else Batches(validation, epochs + 2, "purify: validation"),
+                check=check,
+                ranks=ranks,
+                batch_norm=batch_norm,
+            )
+            check_resumable(plan)
+            plain = unwrap(model)
+            name = check_fit(plain, plan, head)
+            tuned = plain if inplace else copy.deepcopy(plain)
+            shown = progress and (ranks is None or ranks.first)
+            with (
+                in_step(plan, tuned, name, len(callbacks)) as plan,
+                ProgressReport(chosen.name, epochs, shown) as report,
+            ):
+                result = _purified(tuned, name, plan, report, callbacks)
+        return replace(result, model=model) if inplace else result
 
 
 def _purified(
@@ -227,6 +253,10 @@ def _asked(model: nn.Module, name: str, plan: Plan) -> dict[str, object]:
 def _tell(report: ProgressReport, plan: Plan, model: nn.Module) -> None:
     """Notes of the batches, and of parameters that came frozen, go to the report."""
     plan.batches.note = report.note
+    note_of_ranks(plan, report)
+    alone = alone_note("purify")
+    if alone is not None:
+        report.note(alone)
     note = frozen_note(model)
     if note is not None and plan.method.trains == "all":
         report.note(f"purify: {note}")
@@ -242,7 +272,11 @@ def _arranged(tuned: nn.Module, plan: Plan) -> ComputeSettings:
         length = plan.batches.length()
         steps = None if length is None else plan.epochs * length
         steps = 0 if plan.deterministic else steps
-        compute = arrange(tuned, images, labels, plan.compute, steps=steps, trains=trains)
+        compute = arranged_alike(
+            plan.ranks,
+            plan.compute,
+            lambda: arrange(tuned, images, labels, plan.compute, steps=steps, trains=trains),
+        )
     else:
         compute = plan.compute.arranged(kept)
     compute.lay_out(tuned)
@@ -260,7 +294,8 @@ def _prepare(
     ending = ending_of(tuned, module, images) if tap is None else None
     if ending is not None:
         report.note(f"purify: the model ends in a {ending}; its loss is taken of the logits before")
-    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording, ending)
+    shared = shared_model(plan, compute)
+    tuner = Tuner(tuned, module, plan.method, settings, tap, plan.recording, ending, shared)
     if plan.method.reinitializes:
         tuner.head.reinitialize(torch.Generator().manual_seed(plan.seed))
     return tuner
@@ -280,6 +315,7 @@ def _run(
         keeper = None
         if plan.resume is not None:
             keeper = follow_in(plan.resume, tuner, asked, plan.batches, report)
+            keeper.writes = plan.ranks is None or plan.ranks.first
         tuner.run(plan.batches, report, validate, callbacks, keeper)
     if tuner.stopped is not None:
         report.note(f"purify: {tuner.stopped}")
@@ -307,6 +343,7 @@ def _result(
         settings={
             **plan.method.settings(),
             **tuner.settings.plain(),
+            **settings_of_ranks(plan),
             "deterministic": plan.deterministic,
             "graphs": tuner.longest_graph or False,
             "head": name,

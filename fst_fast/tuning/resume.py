@@ -40,6 +40,8 @@ class RunFolder:
         asked: what a run must agree in to be gone on with: settings, seed, the suspect's weights.
         batches: of the tuning loader.
         device: whose random numbers the run draws.
+    Attributes:
+        writes: whether :meth:`keep` does; in a data parallel run one rank does.
     Raises:
         ValueError: ``folder`` is a file.
     """
@@ -47,7 +49,7 @@ class RunFolder:
     def __init__(
         self, folder: str | Path, asked: Mapping[str, Any], batches: Batches, device: torch.device
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.writes = Path(folder), True
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(
                 f"purify: resume must be a folder, got the file {self.folder}; name a folder of "
@@ -66,6 +68,8 @@ class RunFolder:
     def keep(self, tuner: Tuner) -> None:
         """Write down where the run stands: after an epoch, or where it was interrupted."""
         within = tuner.position.within
+        if not self.writes:
+            return
         if within and (self._draws_ahead or tuner.head.weight_scale is not None):
             # Such a run cannot go on to the bit: batches were drawn ahead, or the head was rounded.
             return

@@ -15,6 +15,7 @@ from ..methods import Batch, Closure, HeadState, Method
 from ..methods.probabilities import ENDINGS
 from ..ops import head_deviation_loss
 from .batch_source import Feed
+from .distributed_model import SharedModel
 from .nonfinite import Guard
 from .run_state import RunState
 from .settings import LoopSettings
@@ -43,6 +44,7 @@ class Step:
         gradients: the method's way to the gradients of a batch.
         after: what the method does behind the update.
         ending: the name in ENDINGS of what follows the head; the loss is of what comes before.
+        shared: runs the model on this rank's rows in a data parallel run; else None.
     Attributes:
         head_only: train the head alone, as some methods do in their first epochs.
         parts: into how many parts a batch is split, to take less memory.
@@ -61,8 +63,9 @@ class Step:
         gradients: Gradients,
         after: Callable[[], None],
         ending: str | None = None,
+        shared: SharedModel | None = None,
     ) -> None:
-        self.model, self.method = model, method
+        self.model, self.method, self.shared = model, method, shared
         self._undo_ending = None if ending is None else ENDINGS[ending]
         self.compute, self.momentum = settings.compute, settings.momentum
         self._method_gradients, self._after = gradients, after
@@ -89,7 +92,8 @@ class Step:
             self.head.defer_scale()
         self._register(state)
         classes = len(self.head.weight0)
-        self.guard = Guard(state, device, self.compute.precision, classes)
+        agree = None if shared is None else shared.ranks.most_
+        self.guard = Guard(state, device, self.compute.precision, classes, agree=agree)
         # These run the steps; what is computed but once is not worth compiling.
         self._run_model: Callable[[Tensor], object] = model
         self._run_tap = self.tap
@@ -135,7 +139,13 @@ class Step:
         if self.tap is None:
             return None
         with self.compute.autocast():
-            return self.tap(images)
+            return self.on_rows(self.model, self.tap, images)
+
+    def on_rows(
+        self, model: nn.Module, forward: Callable[[Tensor], Tensor | None], inputs: Tensor
+    ) -> Tensor | None:
+        """Return ``forward(inputs)`` for placed images, shared among the ranks if there are any."""
+        return forward(inputs) if self.shared is None else self.shared(model, forward, inputs)
 
     def __call__(self, feed: Feed, kind: Hashable) -> None:
         """Take the staged batch and step; adds to ``totals``."""
@@ -171,23 +181,54 @@ class Step:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss and the number correct, from features where the model allows it."""
-        head, labels = self.head, batch.labels
+        found = self._loss_of_features(batch)
+        if found is not None:
+            return found
+        logits = self.on_rows(self.model, self._logits_of, batch.inputs)
+        assert logits is not None
+        loss = self.method.loss(logits, batch.labels, self.head)
+        return loss, (logits.argmax(1) == batch.labels).sum()
+
+    def _loss_of_features(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """The fused loss, where the head has the last word; each rank's is that of its rows."""
+        if not batch.are_features and self._run_tap is None:
+            return None
+        shared, count = self.shared, len(batch.labels)
+        rows = None if shared is None else shared.ranks.rows(count)
+        if shared is None or rows is None:
+            found = self._tapped(batch)
+        else:
+            part = Batch(batch.inputs[rows], batch.labels[rows], batch.are_features)
+            with shared.sharing(self.model):
+                found = self._tapped(part)
+        if found is None:
+            self._untap()
+            return None
+        if shared is None or rows is None:
+            return found
+        loss, correct = found
+        # The ranks' losses add up to the mean over the batch, and their penalties to one penalty.
+        return shared.total(loss * (len(part.labels) / count), correct)
+
+    def _tapped(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         if batch.are_features:
-            return self._fused_loss(batch.inputs, labels)
-        if self._run_tap is not None:
-            with self.compute.autocast():
-                features = self._run_tap(batch.inputs)
-            if features is not None:
-                return self._fused_loss(features, labels)
-            # In train mode the model does more than its head, after all.
-            self.tap = self._run_tap = None
-            head.materialize()
-            head.weight_scale = None
-            self.guard.undo_forward()
+            return self._fused_loss(batch.inputs, batch.labels)
+        assert self._run_tap is not None
         with self.compute.autocast():
-            output = self._run_model(batch.inputs)
-        logits = self.logits(output)
-        return self.method.loss(logits, labels, head), (logits.argmax(1) == labels).sum()
+            features = self._run_tap(batch.inputs)
+        return None if features is None else self._fused_loss(features, batch.labels)
+
+    def _untap(self) -> None:
+        """In train mode the model does more than its head, after all."""
+        self.tap = self._run_tap = None
+        self.head.materialize()
+        self.head.weight_scale = None
+        self.guard.undo_forward()
+
+    def _logits_of(self, images: Tensor) -> Tensor:
+        with self.compute.autocast():
+            output = self._run_model(images)
+        return self.logits(output)
 
     def logits(self, output: object) -> Tensor:
         """Return the logits [B, K] of what the model returned, in float32 at least."""
@@ -236,6 +277,11 @@ class Step:
         """
         self.model.zero_grad(set_to_none=True)
         inputs, labels = feed.take(kind)
+        if self.shared is not None:
+            raise RuntimeError(
+                f"purify: a batch of {len(labels)} over {self.shared.ranks.size} ranks takes more "
+                f"memory than there is on {self.compute.device}; use a smaller batch, or more ranks"
+            ) from error
         averages = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
         count = len(labels)
         if not averages and not self.method.needs_logits and self.parts < count:

@@ -46,6 +46,7 @@ PURIFY = {
     **dict.fromkeys(
         ("steps_per_epoch", "check", "seed", "resume", "progress", "callbacks", "inplace")
     ),
+    "batch_norm": None,
 }
 QUICK = {
     "epochs": 1,

@@ -93,15 +93,11 @@ def test_flags_and_callbacks():
         arguments.check_callbacks([print, 5])
 
 
-def test_several_processes_are_refused(monkeypatch):
-    arguments.check_one_process()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    arguments.check_one_process()
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(RuntimeError, match=r"purify: must run in one process, got rank 1 of 4"):
-        arguments.check_one_process()
+def test_batch_norm_is_one_of_two_words():
+    for value in ("global", "rank"):
+        arguments.check_batch_norm(value)
+    with pytest.raises(ValueError, match=r'batch_norm must be "global" .*, got None'):
+        arguments.check_batch_norm(None)
 
 
 def test_validation_is_looked_at_before_a_step():
