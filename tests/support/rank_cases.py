@@ -245,8 +245,8 @@ def masks():
 
 
 def kept_in(folder, epochs):
-    """Tune for many epochs, whose state is kept."""
-    folder = folder if rank() == 0 else f"{folder}-nobody-writes-here"
+    """Tune for many epochs, whose state is kept in a folder or nowhere."""
+    folder = folder if rank() == 0 or folder is None else f"{folder}-nobody-writes-here"
     return tuned("ft", None, epochs=epochs, resume=folder)
 
 
