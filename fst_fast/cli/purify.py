@@ -14,7 +14,7 @@ from ..ops import backends
 from ..tuning import profiling
 from ..tuning.purify import purify
 from ..tuning.result import PurifyResult
-from . import inputs, report
+from . import inputs, launched, report
 from .labels import check
 from .measured import answers
 
@@ -71,12 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="a few steps as a Chrome trace, and shares",
     )
+    parser.add_argument(
+        "--batch-norm",
+        choices=("global", "rank"),
+        default="global",
+        help="under torchrun: statistics of the whole batch (default), or of each rank's rows",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="of ranks, for each other"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tune, measure before and after, and write the result; returns 1 where the run was stopped."""
-    checkpoints.check_writable(options.out)
+    """Tune, measure before and after, and write the result; returns 1 where the run was stopped.
+
+    Under torchrun all ranks tune one model together, and the first of them writes.
+    """
+    with launched.process_group(options.device, options.timeout, "purify") as first:
+        return _run(options, first)
+
+
+def _run(options: argparse.Namespace, first: bool) -> int:
+    if first:
+        checkpoints.check_writable(options.out)
     model, facts = inputs.load_model(options)
     suspect = report.suspect_for(options, model)
     images = inputs.load_images(options, options.data, model)
@@ -110,7 +128,10 @@ def run(options: argparse.Namespace) -> int:
         progress=not options.quiet,
         inplace=True,
         check=False,
+        batch_norm=options.batch_norm,
     )
+    if not first:
+        return 0 if result.stopped is None else 1
     if profile is not None:
         profile.save(options.profile)
     manifest = result.save(

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import multiprocessing
 import os
 import socket
@@ -56,6 +57,35 @@ def serve(rank, size, port, seconds, pipe):
             pipe.send((None, (type(error).__name__, str(error))))
     # The parent has closed the pipe: nothing is left to be done together.
     os._exit(0)
+
+
+def _run_as_launched(rank, size, port, function, arguments, pipe):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(shown):
+        status = function(arguments)
+    pipe.send((status, said.getvalue(), shown.getvalue()))
+
+
+def launched(function, arguments, size=2):
+    """Each rank's (result, standard output, standard error) of a function in torchrun's place."""
+    port, answers, started = free_port(), [], []
+    for rank in range(size):
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(
+            target=_run_as_launched, args=(rank, size, port, function, arguments, theirs)
+        )
+        with importable():
+            process.start()
+        started.append((process, ours))
+    for process, pipe in started:
+        assert pipe.poll(120), "a rank does not answer"
+        answers.append(pipe.recv())
+        process.join()
+    return answers
 
 
 class RankPool:
