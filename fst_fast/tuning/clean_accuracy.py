@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.device_loader import DeviceLoader
 from ..heads.contexts import seeded
-from ..measure.evaluate import measure
 from .arguments import lost_note
+from .distributed import Ranks
+from .distributed_looks import answers_of
 from .labels_check import labels_fault
 from .profiling import StepProfile
 from .resume import generators_of
@@ -47,12 +47,18 @@ class Judge:
         validation: held-out batches to measure on; None measures on the tuning images.
         compute: how the model is computed, settled.
         seed: of whatever the loaders draw meanwhile; all random states are put back.
+        ranks: share the images in a data parallel run; else None.
     """
 
     def __init__(
-        self, tuning: Batches, validation: Batches | None, compute: ComputeSettings, seed: int
+        self,
+        tuning: Batches,
+        validation: Batches | None,
+        compute: ComputeSettings,
+        seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._tuning, self._validation = tuning, validation
+        self._tuning, self._validation, self._ranks = tuning, validation, ranks
         self._compute, self._seed = compute, seed
         self._labels_fault: str | None = None
         self._before = 0.0
@@ -97,17 +103,10 @@ class Judge:
 
     def _answers(self, model: nn.Module, batches: Batches) -> Tensor:
         """Labels and the model's answers to a pass over the images, [2, N] int64 on the CPU."""
-        seen: list[Tensor] = []
-
-        def watch(name: str | None, labels: Tensor, answered: Tensor) -> None:
-            seen.append(torch.stack([labels, answered]))
-
-        place, precision = self._compute.device, self._compute.precision
         # A GPU is through with a few thousand images before batch norm is folded.
-        fold = place.type != "cuda"
-        with seeded(self._seed, place), _undrawn(batches.loader):
-            measure(model, batches, place, precision, watch=watch, fold=fold)
-        return torch.cat(seen, dim=1).cpu()
+        fold = self._compute.device.type != "cuda"
+        with seeded(self._seed, self._compute.device), _undrawn(batches.loader):
+            return answers_of(model, batches, self._compute, self._ranks, fold)
 
 
 def _has_end(batches: Batches) -> bool:

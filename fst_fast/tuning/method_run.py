@@ -11,10 +11,10 @@ from torch import nn
 
 from ..data.batches import Batches, check_batch
 from ..data.device_loader import DeviceLoader
-from ..measure.evaluate import measure
 from ..methods import HeadState
 from .averaging import WeightAverage
 from .cuda_graphs import Replays
+from .distributed_looks import accuracy_of
 from .run_state import RunState
 from .settings import LoopSettings
 from .step import Step
@@ -133,9 +133,8 @@ class MethodRun:
         if self._validate is not None:
             return self._validate(self.model)
         assert self._batches is not None
-        compute = self.settings.compute
-        metrics = measure(self.model, self._batches, compute.device, compute.precision)
-        return metrics[""].clean_accuracy
+        ranks = None if self.step.shared is None else self.step.shared.ranks
+        return accuracy_of(self.model, self._batches, self.settings.compute, ranks)
 
     def repeat(self, name: str, work: Callable[[], None], times: int) -> None:
         assert self._replays is not None

@@ -15,7 +15,6 @@ from ..data.batches import Batches, Loader, resolve_precision
 from ..heads.contexts import deterministic_algorithms, on_device, seeded, tuning
 from ..heads.find import head_matrix, unwrap
 from ..heads.tap import tap_features
-from ..measure.evaluate import measure
 from ..methods import Method
 from ..ops import backends
 from .arguments import (
@@ -33,6 +32,7 @@ from .arguments import (
 from .autotune import arrange, threads_of
 from .clean_accuracy import CleanAccuracy, Judge
 from .distributed import alone_note, joined
+from .distributed_looks import accuracy_of
 from .distributed_run import (
     arranged_alike,
     device_of_rank,
@@ -228,7 +228,7 @@ def _purified(
         asked = _asked(tuned, name, plan)
         compute = _arranged(tuned, plan)
         with threads_of(compute.threads):
-            judge = Judge(plan.batches, plan.validation, compute, plan.seed)
+            judge = Judge(plan.batches, plan.validation, compute, plan.seed, plan.ranks)
             classes = len(head_matrix(tuned.get_submodule(name)))
             report.note(f"purify: {judge.look_at(tuned, classes, plan.check)}")
             tuner = _prepare(tuned, name, plan, compute, report)
@@ -309,7 +309,7 @@ def _run(
     callbacks: Sequence[Callback],
 ) -> None:
     compute = tuner.settings.compute
-    validate = _validator(plan.validation, compute)
+    validate = _validator(plan, compute)
     with seeded(plan.seed, compute.device):
         tuner.begin(plan.batches)
         keeper = None
@@ -361,13 +361,12 @@ def _result(
     )
 
 
-def _validator(
-    judged: Batches | None, compute: ComputeSettings
-) -> Callable[[nn.Module], float] | None:
+def _validator(plan: Plan, compute: ComputeSettings) -> Callable[[nn.Module], float] | None:
+    judged = plan.validation
     if judged is None:
         return None
 
     def validate(model: nn.Module) -> float:
-        return measure(model, judged, compute.device, compute.precision)[""].clean_accuracy
+        return accuracy_of(model, judged, compute, plan.ranks)
 
     return validate

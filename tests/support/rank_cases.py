@@ -204,8 +204,8 @@ def one_changes():
     return tuned("ft", None, callbacks=[change], epochs=3)
 
 
-def counted():
-    """Bytes of an epoch's exchanges and their kinds, and the bytes of one gradient."""
+def counted(epochs):
+    """Kinds and bytes of a run's exchanges, in order, and the bytes of one gradient."""
     sent = []
     whole, each = torch.distributed.all_reduce, torch.distributed.all_gather
 
@@ -220,7 +220,7 @@ def counted():
     net = model()
     torch.distributed.all_reduce, torch.distributed.all_gather = all_reduce, all_gather
     try:
-        quick(net, loader(images=12), method="ft", epochs=1)
+        quick(net, loader(images=12), method="ft", epochs=epochs)
     finally:
         torch.distributed.all_reduce, torch.distributed.all_gather = whole, each
     return sent, sum(p.numel() * 4 for p in net.parameters())
