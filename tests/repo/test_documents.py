@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import figures
 import pytest
+import rooms
 import tables
 import torch
 import torchvision
@@ -128,6 +129,20 @@ def test_a_figure_is_small_and_says_what_it_shows(name):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_version_has_one_place():
+    version = fst_fast.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    first = re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert first[1] == version
+
+
+def test_counts_and_rooms_are_those_of_the_code():
+    readme = (ROOT / "README.md").read_text()
+    assert f"one of {len(fst_fast.triggers.ZOO)} published triggers" in readme
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)/` \|", table, flags=re.M)) == rooms.ROOMS
 
 
 def heading_of(text):
