@@ -1,4 +1,4 @@
-"""Feature Shift Tuning that settles its own strength: ``purify(alpha="auto")``."""
+"""Feature Shift Tuning held at a cosine instead of an alpha: ``method="fst_auto"``."""
 
 import math
 from dataclasses import dataclass
