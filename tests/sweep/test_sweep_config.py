@@ -260,6 +260,7 @@ def test_settings_of_a_method_stand_with_its_name(tmp_path):
     entries = [
         "d3",
         {"name": "d3", "fit": 2.0, "epochs": 3},
+        {"name": "d3", "fit": 2.0},
         {"name": "anp", "lr": 0.5, "momentum": 0.5},
         {"name": "trigger_unlearning", "forms": ["mask", "wave"]},
         {"name": "fst", "alpha": 0.3},
@@ -270,6 +271,7 @@ def test_settings_of_a_method_stand_with_its_name(tmp_path):
     assert [(choice.method(), choice.of_run()) for choice in chosen] == [
         (methods.get("d3"), {}),
         (methods.get("d3", fit=2.0), {"epochs": 3}),
+        (methods.get("d3", fit=2.0), {}),
         # A name that both have is the method's own.
         (methods.get("anp", lr=0.5), {"momentum": 0.5}),
         (methods.get("trigger_unlearning", forms=("mask", "wave")), {}),
