@@ -211,6 +211,13 @@ class Run(Protocol):
             model: another one of the same kind, on the same device.
         """
 
+    def on_rows(self, forward: Callable[..., Tensor], inputs: Tensor, *tensors: Tensor) -> Tensor:
+        """Return ``forward(inputs, *tensors)``, [B, ...] for inputs [B, ...].
+
+        In a data parallel run, each rank calls ``forward`` for its rows of the inputs; all get all
+        rows, and whole gradients of inputs and tensors. It may hook into the model.
+        """
+
     def clean_accuracy(self) -> float:
         """Return the accuracy of the model in 0..1 on the validation images, else on the loader's.
 
@@ -282,7 +289,8 @@ class Method:
     cost: ClassVar[str] = "1"
     # A model must have this, beside a head.
     needs: ClassVar[str] = ""
-    # In a data parallel run a model sees a rank's rows alone: a method that hooks into it says no.
+    # In a data parallel run the model sees a rank's rows alone. A method that hooks into it does so
+    # within :meth:`Run.on_rows`, or says no here.
     data_parallel: ClassVar[bool] = True
 
     project: bool = False

@@ -55,8 +55,6 @@ class BTIDBF(Method):
     cost: ClassVar[str] = "1.1, and the searches"
     # Its loss is one of features and logits.
     needs_logits: ClassVar[bool] = True
-    # It reads the head's input by a hook.
-    data_parallel: ClassVar[bool] = False
 
     share: float = 0.1
     rounds: int = 5
@@ -90,9 +88,8 @@ class BTIDBF(Method):
         with torch.no_grad():
             changed = inversion.generator(originals)
         inputs = batch.inputs.index_copy(0, rows, changed)
-        with head_inputs(run.head.module) as seen:
-            logits = run.logits(torch.cat([inputs, originals]))
-        features, unchanged = seen[0].to(logits.dtype).split([len(labels), count])
+        logits, found = logits_and_features(run, torch.cat([inputs, originals]))
+        features, unchanged = found.split([len(labels), count])
         logits = logits[: len(labels)]
         # The images that stay as they are have no distance.
         apart = (features[rows] - unchanged).square().mean() * (count / len(labels))
@@ -156,11 +153,7 @@ class Inversion:
         run.register("aims", self._aims)
 
     def _features(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return logits and features of images; the head gets the latter times the mask."""
-        change = None if mask is None else lambda features: features * mask
-        with head_inputs(self._run.head.module, change) as seen:
-            logits = self._run.logits(images)
-        return logits, seen[0].to(logits.dtype)
+        return logits_and_features(self._run, images, mask)
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         size = min(_BATCH, len(self.labels))
@@ -207,6 +200,24 @@ class Inversion:
         strays = (image > _IMAGE_REACH) | (benign > _FEATURE_REACH)
         loss = torch.where(strays, image, inverts)
         self._invert_adam.step(torch.autograd.grad(loss, self._weights))
+
+
+def logits_and_features(
+    run: Run, images: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return logits and features of images; the head gets the latter times the mask."""
+    shape: list[int] = []
+
+    def both(part: Tensor, *masks: Tensor) -> Tensor:
+        change = (lambda features: features * masks[0]) if masks else None
+        with head_inputs(run.head.module, change) as seen:
+            logits = run.logits(part)
+        shape[:] = seen[0].shape[1:]
+        return torch.cat([logits, seen[0].to(logits.dtype).flatten(1)], 1)
+
+    found = run.on_rows(both, images, *([] if mask is None else [mask]))
+    logits, features = found.tensor_split([run.classes], 1)
+    return logits, features.unflatten(1, shape)
 
 
 @contextmanager

@@ -41,26 +41,35 @@ class SharedModel:
 
     def __init__(self, ranks: Ranks, batch_norm: str, device: torch.device) -> None:
         self.ranks, self._batch_norm, self._device = ranks, batch_norm, device
+        self._within = False
         self._places: weakref.WeakKeyDictionary[nn.Module, _Places]
         self._places = weakref.WeakKeyDictionary()
 
     def __call__(
-        self, model: nn.Module, forward: Callable[[Tensor], Tensor | None], inputs: Tensor
+        self,
+        model: nn.Module,
+        forward: Callable[..., Tensor | None],
+        inputs: Tensor,
+        *tensors: Tensor,
     ) -> Tensor | None:
-        """Return ``forward(inputs)`` [B, ...], of which each rank runs its share.
+        """Return ``forward(inputs, *tensors)`` [B, ...], of which each rank runs its rows.
 
-        A batch with fewer rows than ranks is run whole by every rank.
+        A batch with fewer rows than ranks is run whole by every rank. What ``forward`` calls in
+        turn has this rank's rows already, and is run as it is.
 
         Args:
             model: what ``forward`` runs.
             forward: from rows to rows; None is returned as it is.
             inputs: [B, ...], the same on every rank.
+            tensors: further ones that every row depends on, the same on every rank.
         """
         rows = self.ranks.rows(len(inputs))
-        if rows is None:
-            return forward(inputs)
+        if rows is None or self._within:
+            return forward(inputs, *tensors)
         with self.sharing(model):
-            part = forward(_own_rows(inputs, rows, self.ranks))
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                tensors = _Share.apply(self.ranks, *tensors)
+            part = forward(_own_rows(inputs, rows, self.ranks), *tensors)
         if part is None:
             return None
         out: Tensor = _Gather.apply(part, self.ranks, len(inputs))
@@ -81,7 +90,11 @@ class SharedModel:
             if averages and self._batch_norm == "global":
                 stack.enter_context(GlobalBatchNorm(self.ranks))
             stack.enter_context(self._own_draws())
-            yield
+            self._within = True
+            try:
+                yield
+            finally:
+                self._within = False
 
     @contextlib.contextmanager
     def _shared_parameters(self, places: _Places) -> Iterator[None]:

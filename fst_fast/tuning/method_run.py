@@ -125,6 +125,16 @@ class MethodRun:
         assert logits is not None
         return logits
 
+    def on_rows(
+        self,
+        forward: Callable[..., torch.Tensor],
+        inputs: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        out = self.step.on_rows(self.model, forward, inputs, *tensors)
+        assert out is not None
+        return out
+
     @property
     def loss_scale(self) -> torch.Tensor:
         return self.step.guard.scale

@@ -142,10 +142,16 @@ class Step:
             return self.on_rows(self.model, self.tap, images)
 
     def on_rows(
-        self, model: nn.Module, forward: Callable[[Tensor], Tensor | None], inputs: Tensor
+        self,
+        model: nn.Module,
+        forward: Callable[..., Tensor | None],
+        inputs: Tensor,
+        *tensors: Tensor,
     ) -> Tensor | None:
-        """Return ``forward(inputs)`` for placed images, shared among the ranks if there are any."""
-        return forward(inputs) if self.shared is None else self.shared(model, forward, inputs)
+        """Return ``forward(inputs, *tensors)``, whose rows the ranks share if there are any."""
+        if self.shared is None:
+            return forward(inputs, *tensors)
+        return self.shared(model, forward, inputs, *tensors)
 
     def __call__(self, feed: Feed, kind: Hashable) -> None:
         """Take the staged batch and step; adds to ``totals``."""

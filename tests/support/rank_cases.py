@@ -18,6 +18,7 @@ SETTINGS = {
     "rnp": {"images": 8, "passes": 2},
     "i_bau": {"search_steps": 2, "iterations": 2},
     "sau": {"steps": 1},
+    "bti_dbf": {"rounds": 2, "mask_steps": 3, "invert_steps": 3},
     "trigger_unlearning": {"forms": ("mask",), "images_per_trigger": 1},
 }
 
@@ -52,6 +53,13 @@ class NormAndSilu(nn.BatchNorm2d):
                 eps=self.eps,
             )
         )
+
+
+class Alone(methods.Method):
+    """A method that cannot run data parallel."""
+
+    name = "alone"
+    data_parallel = False
 
 
 def model(seed=1, **more):

@@ -53,7 +53,7 @@ def refused(pool, function, *arguments):
     return [why for _, why in answers]
 
 
-@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"bti_dbf"}))
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
 def test_every_method_ends_where_one_process_does(pool, name):
     alone, shared = together(pool, rank_cases.forty_steps, name)
     assert_alike(alone, shared)
@@ -213,7 +213,10 @@ def test_dropout_draws_anew_on_every_rank_and_leaves_them_in_step(pool):
 
 def test_what_cannot_run_data_parallel_is_refused_by_name(pool):
     for options, told in (
-        (("bti_dbf",), "method must be one that runs data parallel, got 'bti_dbf'"),
+        (
+            ("ft", None, None, 0.01, {"method": rank_cases.Alone()}),
+            "method must be one that runs data parallel, got 'alone'",
+        ),
         (("ft", None, None, 0.01, {"compile": True}), "compile must be False in a data parallel"),
         (("ft", None, None, 0.01, {"graphs": 4}), 'graphs must be "auto" or False'),
         (("ft", None, None, 0.01, {"batch_norm": "none"}), 'batch_norm must be "global"'),
