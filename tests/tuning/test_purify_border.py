@@ -168,14 +168,6 @@ def test_half_precision_files_are_converted_and_said(tmp_path):
     assert len([w for w in told if "converted" in str(w.message)]) == 1
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    with pytest.raises(RuntimeError, match="purify: must run in one process, got rank 0 of 2"):
-        quick(make_model(), make_batches())
-
-
 @pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid()], ids=["softmax", "sigmoid"])
 def test_a_model_that_ends_in_another_function_is_tuned_as_without_it(last, capsys):
     ended = nn.Sequential(*make_model(), last)
