@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# At the end of a run, a rank waits so long for the others to have left it as well.
+_FAREWELL = timedelta(seconds=30)
 # The runs of a process have these numbers, which are the same on every rank.
 _numbers = itertools.count()
 
@@ -192,7 +194,7 @@ class Ranks:
             if error is None:
                 # A rank's last message is lost to the others if its connections close first.
                 ends = [f"{self._run}/end/{rank}" for rank in range(self.size)]
-                store.wait(ends, self.timeout)
+                store.wait(ends, min(self.timeout, _FAREWELL))
         groups = {id(group): group for group in (self._control, self._data) if group is not None}
         # A connection closes with the last reference to its group.
         self._control = self._data = None
