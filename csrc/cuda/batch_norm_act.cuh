@@ -128,8 +128,8 @@ __device__ value_t norm_column_sum(const NormGrid& grid, value_t value) {
 template <int kVector, bool kPlanar, typename Load, typename Body>
 __device__ void for_each_row(const NormPlace<kVector, kPlanar>& place, const Load& load,
                              const Body& body) {
-  // Offsets within planes take registers.
-  constexpr int kUnroll = kPlanar ? kNormUnroll / 2 : kNormUnroll;
+  // Offsets within planes take registers, and so does float64, of which two are a pack.
+  constexpr int kUnroll = kPlanar || kVector == 2 ? kNormUnroll / 2 : kNormUnroll;
   using Loaded = decltype(load(int64_t{}));
   int64_t row = place.first;
   for (; row + (kUnroll - 1) * place.step < place.grid.rows; row += kUnroll * place.step) {

@@ -33,6 +33,11 @@ def away_from_zero(norm):
     return norm
 
 
+def truncates(backend, tensor):
+    """Triton's interpreter cuts float32 down to bfloat16; a GPU rounds to nearest."""
+    return backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
 def assert_right(norm, backend):
     twin = norm.copy(torch.float64)
     truth = twin.results(twin.eager)
@@ -46,6 +51,9 @@ def assert_right(norm, backend):
             assert got[name] == truth[name]
             continue
         assert got[name].dtype == eager[name].dtype, name
+        if truncates(backend, got[name]):
+            assert_close_to_rounding(got[name], truth[name].to(got[name].dtype), name=name)
+            continue
         size = torch.tensor([norm.size_of(name)])
         three = (got[name], eager[name], truth[name])
         three = (torch.cat([t.flatten(), size.to(t)]) for t in three)

@@ -107,7 +107,9 @@ class Norm:
             scale = rstd if weight is None else rstd * weight.double()
             return (gradient.amax((0, 2, 3)) * scale).max().item()
         if name in ("d_weight", "d_bias"):
-            return gradient.sum((0, 2, 3)).max().item()
+            # A value is up to three deviations away from the mean.
+            factor = 3 if name == "d_weight" else 1
+            return factor * gradient.sum((0, 2, 3)).max().item()
         return 0.0
 
     def results(self, run):
