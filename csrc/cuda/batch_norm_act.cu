@@ -166,7 +166,8 @@ __device__ void norm_apply(const NormForward<scalar_t>& a, int64_t item) {
 }
 
 template <typename scalar_t, int kVector, bool kPlanar>
-__global__ void __launch_bounds__(kNormThreads) batch_norm_act_kernel(NormForward<scalar_t> a) {
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    batch_norm_act_kernel(NormForward<scalar_t> a) {
   for (int64_t item = blockIdx.x; item < a.grid.items; item += gridDim.x) {
     norm_collect<scalar_t, kVector, kPlanar>(a, item);
   }

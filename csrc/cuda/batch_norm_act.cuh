@@ -14,6 +14,7 @@
 namespace fst_fast {
 
 constexpr int kNormThreads = 256;
+constexpr int kNormBlocks = 2;  // of a multiprocessor: for more, the compiler spills registers
 constexpr int kNormColumns =
     8;                          // packs beside each other that the threads of a block read, at most
 constexpr int kNormSome = 8;    // values whose mean is near enough that of all
