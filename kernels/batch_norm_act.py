@@ -56,10 +56,14 @@ def batch_norm_collect_kernel(
         more = tl.minimum(rows - start, BLOCK_ROWS).to(compute)
         center = tl.sum(x, 0) / more
         apart = tl.where(mask, x - center[None, :], 0.0)
+        # A sum of many values was rounded; what is left of it is small.
+        rest = tl.sum(apart, 0) / more
+        center += rest
         # Two samples together (Chan, Golub and LeVeque, 1983).
         share = more / (count + more)
         shift = center - mean
-        squares += tl.sum(apart * apart, 0) + shift * shift * share * count
+        squares += tl.sum(apart * apart, 0) - rest * rest * more
+        squares += shift * shift * share * count
         mean += shift * share
         count += more
     slices = tl.num_programs(0)
