@@ -29,7 +29,7 @@ class PAM(Method):
 
     Args:
         rho: length of the way back; 0 is plain tuning. The authors try 0.3 to 0.9.
-        inverted: images shown a second time with searched triggers, as a share of each batch.
+        inverted: share of each batch that carries searched triggers.
 
     Example:
         >>> fst_fast.methods.get("pam", rho=0.9)

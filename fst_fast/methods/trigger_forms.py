@@ -167,7 +167,7 @@ class MaskForm(TriggerForm):
     name = "mask"
     start = 10.0
     # These shares of the triggers shown keep their pattern, and keep it saturated.
-    kept: ClassVar[float] = 0.4
+    kept: ClassVar[float] = 0.6
     saturated: ClassVar[float] = 0.2
     # Above it a mask is taken for opaque.
     solid: ClassVar[float] = 0.3

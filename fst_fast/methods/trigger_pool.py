@@ -24,7 +24,7 @@ _FADES, _FROM_SUSPECT = 0.9, 0.5
 # Triggers are shown by their openness to this power, and a little more each.
 _SHOWS, _AT_LEAST = 2, 0.05
 # Forms are shown by their best openness on the suspect, to this power.
-_FORM_POWER = 4
+_FORM_POWER = 2
 # If the best of all was this open, every image given carries a trigger; else fewer do, down to a
 # share.
 _OPEN, _LEAST_SHARE = 0.5, 0.25

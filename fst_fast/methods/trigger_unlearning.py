@@ -47,11 +47,10 @@ class TriggerUnlearning(Method):
     gradients, most of them for that class, in several forms (a pattern behind a small mask, an
     added pattern of small norm, stripes and a smooth field), before the first epoch and a little
     before every further one, on the model as it is and on the suspect. What the model has learnt to
-    resist is drawn anew. Every batch is shown a second time, with what was found and with the
-    images' true labels: the more often, the better it works with half of its size, as triggers do
-    that were trained in. A form that finds nothing of that kind on the suspect is shown less.
-    Otherwise the model is tuned as by plain fine-tuning. Neither the trigger nor the target is
-    asked for.
+    resist is drawn anew. Half of every batch carries what was found, with the images' true labels:
+    the more often, the better it works with half of its size, as triggers do that were trained in.
+    A form that finds nothing of that kind on the suspect is shown less. Otherwise the model is
+    tuned as by plain fine-tuning. Neither the trigger nor the target is asked for.
 
     The search is that of a universal adversarial perturbation (Moosavi-Dezfooli et al., CVPR 2017,
     arXiv 1610.08401) in the forms of Neural Cleanse (Wang et al., IEEE S&P 2019); tuning against
@@ -59,9 +58,8 @@ class TriggerUnlearning(Method):
     training (Madry et al., ICLR 2018, arXiv 1706.06083). docs/alpha.md says what it was chosen on.
 
     Args:
-        found: images shown a second time with searched triggers, as a share of each batch.
-        random: images shown a second time with random changes like those of published triggers, as
-            a share of each batch.
+        found: share of each batch that carries searched triggers.
+        random: share of each batch that carries random changes like those of published triggers.
         mask_area: budget of masks and patches, as a share of the image's area.
         additive_rms: budget of an added pattern, its root mean square as a share of the pixels'
             range.
@@ -75,10 +73,10 @@ class TriggerUnlearning(Method):
     """
 
     name: ClassVar[str] = "trigger_unlearning"
-    epochs_factor: ClassVar[int] = 3
-    cost: ClassVar[str] = "2, and the search"
+    epochs_factor: ClassVar[int] = 4
+    cost: ClassVar[str] = "1, and the search"
 
-    found: float = 1.0
+    found: float = 0.5
     random: float = 0.0
     mask_area: float = 0.02
     additive_rms: float = 0.0235
@@ -128,10 +126,7 @@ class TriggerUnlearning(Method):
             run.memo["search"].before_epoch(epoch)
 
     def gradients(self, run: Run, batch: Batch, closure: Closure) -> tuple[Tensor, Tensor]:
-        shown = run.memo["search"].shown(batch)
-        loss, correct = closure(shown)
-        # The loop counts the images of its own batch.
-        return loss, correct * (len(batch.labels) / len(shown.labels))
+        return closure(run.memo["search"].shown(batch))
 
     def finish(self, run: Run) -> None:
         run.findings.extend(run.memo["search"].candidates())
@@ -236,21 +231,22 @@ class _Search:
 
     @torch.no_grad()
     def shown(self, batch: Batch) -> Batch:
-        """The batch, and some of its images again: with searched triggers, or changed at random."""
+        """The batch in random order, its first rows with searched triggers, the next changed."""
         count = len(batch.labels)
+        order = torch.rand(count, device=batch.labels.device).argsort()
+        inputs, labels = batch.inputs[order], batch.labels[order]
         found = round(self.method.found * count)
         random = round(self.method.random * count)
-        if not found + random:
-            return batch
-        rows = torch.rand(count, device=batch.labels.device).argsort()[: found + random]
-        unit = self._unit(batch.inputs[rows])
+        changed_rows = inputs[: found + random]
+        unit = self._unit(changed_rows)
         parts = [self.pool.show(unit[:found])] if found else []
         if random:
             parts.append(changed(unit[found:], self.method.left_out))
-        again = (torch.cat(parts) * self.span + self.low).to(batch.inputs.dtype)
+        if parts:
+            shown = (torch.cat(parts) * self.span + self.low).to(inputs.dtype)
+            inputs = torch.cat([shown, inputs[found + random :]])
         layout = torch.channels_last if _is_channels_last(batch.inputs) else torch.contiguous_format
-        inputs = torch.cat([batch.inputs, again]).contiguous(memory_format=layout)
-        return Batch(inputs, torch.cat([batch.labels, batch.labels[rows]]))
+        return Batch(inputs.contiguous(memory_format=layout), labels)
 
     @torch.no_grad()
     def _rates(self) -> list[Tensor]:

@@ -78,7 +78,7 @@ COLUMNS = (
     # The entry's further settings as JSON, of the method and of the run; None where it has none.
     Column("settings", str, "cell.choice.written", "settings"),
     Column("seed", int, "cell.seed", "seed"),
-    # These were done: for ``fst`` with alpha "auto" three times as many as asked for.
+    # These were done: for ``fst`` with alpha "auto" four times as many as asked for.
     Column("epochs", int, "epochs", "epochs"),
     # On the test images, else on the tuning images.
     Column(f"{_CLEAN}_before", float, "before.clean_accuracy"),

@@ -24,7 +24,7 @@ class Preset:
         clean_images: that the defender has, drawn from the training images as they were.
         train_epochs: None takes each attack's own.
         batch_size: of training and tuning.
-        epochs: of tuning; FST auto makes three times as many.
+        epochs: of tuning; FST auto makes four times as many.
     """
 
     attacks: tuple[str, ...]

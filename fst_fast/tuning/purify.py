@@ -103,7 +103,7 @@ def purify(
             and unlearns them instead:
             :class:`~fst_fast.methods.trigger_unlearning.TriggerUnlearning`. None takes the
             method's own; so does "auto" where the method is not "fst".
-        epochs: passes over the loader; FST with ``alpha="auto"`` makes three times as many.
+        epochs: passes over the loader; FST with ``alpha="auto"`` makes four times as many.
         steps_per_epoch: batches of an epoch, for a loader without an end: of an iterator the next
             ones, else the first ones. None takes all.
         lr: learning rate of the first epoch.

@@ -181,7 +181,7 @@ def test_a_form_is_shown_by_how_open_it_found_the_suspect():
     made[0].openness.fill_(1.0)
     made[1].openness.fill_(0.5)
     added, all_of_them = changed_by_form()
-    assert 0.02 < added < 0.12, "a sixteenth of the weight"
+    assert 0.1 < added < 0.3, "a quarter of the weight, a fifth of the images"
     assert all_of_them > 0.95
     for form in made:
         form.openness.fill_(0.2)
@@ -245,7 +245,7 @@ def test_patches_are_small():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 1.0"),
+        ({"found": 1.2}, "found must be a number in 0..1, got 1.2; the default is 0.5"),
         ({"found": 0.8, "random": 0.3}, "found and random must be shares of one batch"),
         ({"images_per_trigger": 0}, "images_per_trigger must be an integer >= 1"),
         ({"left_out": ("patches",)}, "left_out must be names among patch, .* got patches"),
@@ -261,7 +261,7 @@ def test_it_is_the_default():
     assert METHODS[TriggerUnlearning.name] is TriggerUnlearning
     result = quick(make_model(), make_batches(), alpha="auto", epochs=1)
     assert result.settings["method"] == "trigger_unlearning"
-    assert len(result.history) == 3
+    assert len(result.history) == 4
     assert result.findings
     for row in result.findings:
         assert set(row) == {"form", "target", "size", "before", "after"}
@@ -289,7 +289,7 @@ def test_replayed_steps_end_in_the_same_bits(loader, monkeypatch):
     assert recorder.replays > 40, "the searches are replayed too"
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", [1, 4])
 def test_goes_on_to_the_same_bits(epoch, tmp_path):
     whole = quick(make_model(), make_batches(), **SETTINGS)
 
@@ -305,40 +305,12 @@ def test_goes_on_to_the_same_bits(epoch, tmp_path):
 def test_without_shares_it_is_plain_fine_tuning():
     method = TriggerUnlearning(found=0.0, random=0.0)
     ours = quick(make_model(), make_batches(), method=method, epochs=1)
-    theirs = quick(make_model(), make_batches(), method="ft", epochs=3)
-    assert equal_states(ours.model.state_dict(), theirs.model.state_dict())
-
-
-class ShowingAll(TriggerUnlearning):
-    """Keeps the batches that its steps are of."""
-
-    name = "showing_all"
-
-    def gradients(self, run, batch, closure):
-        def kept(shown):
-            run.memo.setdefault("batches", []).append((batch, shown))
-            return closure(shown)
-
-        run.memo["run"] = run
-        return super().gradients(run, batch, kept)
-
-    def finish(self, run):
-        for batch, shown in run.memo["batches"]:
-            count, again = len(batch.labels), round(self.found * len(batch.labels))
-            assert len(shown.labels) == len(shown.inputs) == count + again
-            assert torch.equal(shown.inputs[:count], batch.inputs), "the batch itself is whole"
-            assert torch.equal(shown.labels[:count], batch.labels)
-            for image, label in zip(shown.inputs[count:], shown.labels[count:], strict=True):
-                distances = (batch.inputs - image).flatten(1).norm(dim=1)
-                assert batch.labels[distances.argmin()] == label
-        super().finish(run)
-
-
-@pytest.mark.parametrize("found", [1.0, 0.5])
-def test_a_batch_is_shown_again_with_true_labels(found):
-    method = ShowingAll(found=found)
-    result = quick(make_model(), make_batches(), method=method, epochs=1, graphs=False)
-    assert all(0 <= record.clean_accuracy <= 1 for record in result.history)
+    theirs = quick(make_model(), make_batches(), method="ft", epochs=4)
+    # The order of a batch's images differs, and with it the rounding.
+    for one, other in zip(
+        ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def backdoored():
