@@ -21,16 +21,23 @@ const scalar_t* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<scalar_t>() : nullptr;
 }
 
-// Calls body(part, channels [begin, end)) for all parts, on all threads, with the best instruction
-// set. A part is a block of rows with all channels, or one channel of an image.
-template <typename Body>
+// Calls body(task) for all parts, on all threads. A part is a block of rows with all channels, or
+// one channel of an image. What models are tuned in runs with the best instruction set; every set
+// takes the compiler half a minute, so other dtypes have the baseline, with the same bits.
+template <typename scalar_t, typename Body>
 void for_each_part(const NormParts& parts, const Body& body) {
+  constexpr bool kOften = std::is_same_v<scalar_t, float> || std::is_same_v<scalar_t, at::BFloat16>;
   const int64_t per_part = std::max<int64_t>(1, parts.elements / std::max<int64_t>(1, parts.tasks));
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, per_part));
   at::parallel_for(0, parts.tasks, grain, [&](int64_t first, int64_t last) {
-    run_best([&]() FST_FAST_INLINE {
+    const auto all = [&]() FST_FAST_INLINE {
       for (int64_t task = first; task < last; ++task) body(task);
-    });
+    };
+    if constexpr (kOften) {
+      run_best(all);
+    } else {
+      all();
+    }
   });
 }
 
@@ -79,15 +86,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_act_cpu(
     using acc_t = at::opmath_type<scalar_t>;
     const auto* values = x.const_data_ptr<scalar_t>();
     std::vector<acc_t> partials(parts.count * 3 * C);
-    for_each_part(parts, [&](int64_t task)
-                             FST_FAST_INLINE { collect(parts, task, values, partials.data()); });
+    for_each_part<scalar_t>(parts, [&](int64_t task) FST_FAST_INLINE {
+      collect(parts, task, values, partials.data());
+    });
     merge_statistics(parts, partials, mean.mutable_data_ptr<acc_t>(),
                      var.mutable_data_ptr<acc_t>());
     const NormLine<acc_t> line(C, mean.const_data_ptr<acc_t>(), var.const_data_ptr<acc_t>(),
                                data_or_null<acc_t>(weight), data_or_null<acc_t>(bias), eps);
     const auto* added = data_or_null<scalar_t>(residual);
     auto* out = y.mutable_data_ptr<scalar_t>();
-    for_each_part(parts, [&](int64_t task) FST_FAST_INLINE {
+    for_each_part<scalar_t>(parts, [&](int64_t task) FST_FAST_INLINE {
       apply(parts, task, line, values, added, relu, out);
     });
   });
@@ -118,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
         const auto* gradient = d_y.const_data_ptr<scalar_t>();
         auto* passed = output_mask[2] ? d_residual.mutable_data_ptr<scalar_t>() : nullptr;
         std::vector<acc_t> partials(parts.count * 2 * C);
-        for_each_part(parts, [&](int64_t task) FST_FAST_INLINE {
+        for_each_part<scalar_t>(parts, [&](int64_t task) FST_FAST_INLINE {
           collect_gradients(parts, task, line, values, added, gradient, relu, passed,
                             partials.data());
         });
@@ -129,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_act_backwa
         auto* out = d_x.mutable_data_ptr<scalar_t>();
         // What the ReLU let pass is there already.
         const bool masked = passed != nullptr || !relu;
-        for_each_part(parts, [&](int64_t task) FST_FAST_INLINE {
+        for_each_part<scalar_t>(parts, [&](int64_t task) FST_FAST_INLINE {
           apply_gradients(parts, task, line, values, masked ? nullptr : added,
                           passed != nullptr ? passed : gradient, !masked, out);
         });

@@ -15,6 +15,11 @@ namespace fst_fast {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormBlocks = 2;  // of a multiprocessor: for more, the compiler spills registers
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kNormBackwardBlocks = 1;  // there the backward spills for two
+#else
+constexpr int kNormBackwardBlocks = kNormBlocks;
+#endif
 constexpr int kNormColumns =
     8;                          // packs beside each other that the threads of a block read, at most
 constexpr int kNormSome = 8;    // values whose mean is near enough that of all

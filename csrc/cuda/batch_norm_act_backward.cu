@@ -152,7 +152,7 @@ __device__ void norm_apply_gradients(const NormBackward<scalar_t>& a, int64_t it
 }
 
 template <typename scalar_t, int kVector, bool kPlanar>
-__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+__global__ void __launch_bounds__(kNormThreads, kNormBackwardBlocks)
     batch_norm_act_backward_kernel(NormBackward<scalar_t> a) {
   for (int64_t item = blockIdx.x; item < a.grid.items; item += gridDim.x) {
     norm_collect_gradients<scalar_t, kVector, kPlanar>(a, item);
