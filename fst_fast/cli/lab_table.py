@@ -63,7 +63,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--qra", action="store_true", help="query-based reactivation as well")
     parser.add_argument("--normalize", help="default: the images' own statistics")
     parser.add_argument("--models", type=Path, default=Path("out/lab"), help="folder of suspects")
-    parser.add_argument("--out", type=Path, default=default_folder(), help="folder of records")
+    parser.add_argument(
+        "--out", type=Path, help="folder of records; default: benchmarks/results of the source tree"
+    )
     parser.add_argument("--device")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.set_defaults(run=run)
@@ -90,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
                     f"{options.models}; wait for that one or name another"
                 )
             name = options.name or options.preset
-            record = Record.open(options.out, name, plan.facts(splits), device)
+            record = Record.open(options.out or default_folder(), name, plan.facts(splits), device)
             grid = EvidenceTable(plan, splits, suspects, record)
             with threads_of(grid.threads), GridProgress(grid, True) as progress:
                 grid.fill(progress)
