@@ -65,6 +65,8 @@ def suspect_cell(rows):
     """Means over the seeds; empty where nothing was run."""
     if not rows:
         return ""
+    if "refused" in rows[0]:
+        return "refused"
 
     def mean(name):
         return percent(sum(row[name] for row in rows) / len(rows))

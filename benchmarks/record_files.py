@@ -48,7 +48,8 @@ def published_suspects():
     for record in sorted(newest("*/*-suspects.json"), key=lambda record: record["date"]):
         found = {}
         for row in record["rows"]:
-            found.setdefault((row["suspect"], row["method"]), []).append(row)
+            if "refused" not in row:
+                found.setdefault((row["suspect"], row["method"]), []).append(row)
         rows.update(found)
     by_suspect = {}
     for (suspect, method), several in rows.items():

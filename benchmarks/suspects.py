@@ -115,15 +115,19 @@ def _loaded(module, name, test):
 
 def purified(facts, module, clean, test, options):
     model, normalize, trigger, target = module.load(facts["suspect"])
-    result = fst_fast.purify(
-        model,
-        loader_of(clean, normalize, shuffle=True, seed=facts["seed"]),
-        seed=facts["seed"],
-        precision=options.precision,
-        threads=options.threads,
-        progress=False,
-        **settings_of(facts["method"]),
-    )
+    try:
+        result = fst_fast.purify(
+            model,
+            loader_of(clean, normalize, shuffle=True, seed=facts["seed"]),
+            seed=facts["seed"],
+            precision=options.precision,
+            threads=options.threads,
+            progress=False,
+            **settings_of(facts["method"]),
+        )
+    except ValueError as error:
+        # A method says what it needs of a model before it changes anything.
+        return {"refused": str(error).split("\n")[0]}
     row = {"epochs": len(result.history), "seconds": result.seconds, "stopped": result.stopped}
     return {**measured(result.model, test, normalize, trigger, target), **row}
 

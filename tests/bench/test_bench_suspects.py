@@ -4,10 +4,11 @@ import io
 import json
 import sys
 
+import efficacy_tables
 import numpy as np
 import pytest
+import record_files
 import suspects as bench
-import tables
 import tuned_suspects
 from PIL import Image
 
@@ -84,8 +85,8 @@ def test_rows_are_measured_kept_and_tabulated(folder, monkeypatch):
     assert {row["method"] for row in again["rows"]} == {"none", "ft:1", "fst:0.1"}
     (folder / "cpu").mkdir()
     (folder / "record.json").rename(folder / "cpu" / "2026-01-01-suspects.json")
-    monkeypatch.setattr(tables, "RESULTS", folder)
-    text = tables.suspects()
+    monkeypatch.setattr(record_files, "RESULTS", folder)
+    text = efficacy_tables.suspects()
     assert "| suspect | none | ft:1 | fst:0.1 |" in text
     clean = record["rows"][3]["clean_accuracy"]
     assert f"| {100 * clean:.1f} |" in text
@@ -102,8 +103,22 @@ def test_rows_of_other_methods_are_taken_over(folder, monkeypatch):
     assert len(record["rows"]) == len(taken) + 4, "the others are measured anew"
     (folder / "cpu").mkdir()
     (folder / "record.json").rename(folder / "cpu" / "2026-01-01-suspects.json")
-    monkeypatch.setattr(tables, "RESULTS", folder)
-    assert f"fst:0.1 at {old['commit'][:7]}:" in tables.suspects()
+    monkeypatch.setattr(record_files, "RESULTS", folder)
+    assert f"fst:0.1 at {old['commit'][:7]}:" in efficacy_tables.suspects()
+
+
+def test_a_method_that_refuses_a_model_is_a_row(folder, monkeypatch):
+    """The suspects have no batch norm."""
+    record = run(folder, monkeypatch, "clp", "ft:1")
+    refused = [row for row in record["rows"] if "refused" in row]
+    assert {row["method"] for row in refused} == {"clp"}
+    assert "batch norm" in refused[0]["refused"]
+    assert record["rows"][-1]["method"] == "ft:1", "what follows is run"
+    (folder / "cpu").mkdir()
+    (folder / "record.json").rename(folder / "cpu" / "2026-01-01-suspects.json")
+    monkeypatch.setattr(record_files, "RESULTS", folder)
+    assert "| refused |" in efficacy_tables.suspects()
+    assert "clp" not in record_files.published_suspects()["white"]
 
 
 def test_rows_of_another_protocol_are_not_taken_over(folder, monkeypatch):
