@@ -21,7 +21,6 @@ from setuptools.command.build_py import build_py
 CPU_SOURCES = [
     "csrc/ops.cpp",
     "csrc/autograd.cpp",
-    "csrc/cpu/batch_norm_act.cpp",
     "csrc/cpu/head_deviation_loss.cpp",
     "csrc/cpu/head_kernels.cpp",
     "csrc/cpu/head_kernels_bfloat16.cpp",
@@ -31,8 +30,6 @@ CPU_SOURCES = [
     "csrc/cpu/inject.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/batch_norm_act.cu",
-    "csrc/cuda/batch_norm_act_backward.cu",
     "csrc/cuda/head_deviation_loss.cu",
     "csrc/cuda/head_deviation_many.cu",
     "csrc/cuda/head_step.cu",

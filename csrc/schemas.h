@@ -20,17 +20,6 @@ inline void define_kernels(torch::Library& m) {
       "inject(Tensor images, Tensor params, Tensor lut, Tensor table, Tensor noise, "
       "Tensor patterns, Tensor maps, Tensor sources, Tensor coords, Tensor lookup, int height, "
       "int width, bool channels_last) -> (Tensor, Tensor)");
-  m.def(
-      "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, "
-      "float eps) -> (Tensor y, Tensor mean, Tensor var)");
-  // output_mask: of x, of weight and bias together, of residual.
-  m.def(
-      "batch_norm_act_backward(Tensor d_y, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor? residual, Tensor mean, Tensor var, bool relu, float eps, bool[3] output_mask) -> "
-      "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)");
-  m.def(
-      "batch_norm_update_(Tensor mean, Tensor var, Tensor(a!) running_mean, "
-      "Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, int count, float? momentum) -> ()");
   // Multiplies in place; where the factor is 1 nothing is read or written.
   m.def("rescale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }

@@ -68,7 +68,6 @@ def purify(
     threads: int | None = None,
     graphs: bool | int | str = "auto",
     compile: bool = False,
-    fused_norm: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
     seed: int = 0,
@@ -126,10 +125,6 @@ def purify(
             True with at most so many in one, 1 to 16. The weights are the same.
         compile: run the model up to its head through ``torch.compile``, which takes its time
             first.
-        fused_norm: run each batch norm with the addition and the ReLU behind it as one op
-            (:func:`fst_fast.ops.batch_norm_act`), where torch.fx can read the model and both
-            give the same. The result's settings say in how many layers, or why in none. What it
-            saves depends on model and machine; the rounding is another one.
         deterministic: the same bits every time on this machine: no trial on a CPU, and on a GPU
             only algorithms that promise it (which needs ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the
             environment; an operation without one is a RuntimeError).
@@ -175,16 +170,14 @@ def purify(
         check_head(head)
         check_choices(graphs, backend)
         check_flags(progress=progress, inplace=inplace, deterministic=deterministic)
-        check_flags(compile=compile, check=check, fused_norm=fused_norm)
+        check_flags(compile=compile, check=check)
         check_batch_norm(batch_norm)
         callbacks = check_callbacks(callbacks)
         epochs, lr, momentum, seed = plain_numbers(epochs, lr, momentum, seed)
         alpha, threads, resume, steps = plain_optional(alpha, threads, resume, steps_per_epoch)
         chosen = choose_method(method, alpha)
         place = device_of_rank(device, model, ranks)
-        compute = ComputeSettings(
-            place, precision, channels_last, threads, backend, compile, fused_norm
-        )
+        compute = ComputeSettings(place, precision, channels_last, threads, backend, compile)
         backends.choose("head_step_", place, backend)
         resolve_precision(precision, place)
         with on_device(place):
@@ -319,10 +312,6 @@ def _run(
     validate = _validator(plan, compute)
     with seeded(plan.seed, compute.device):
         tuner.begin(plan.batches)
-        if compute.fused_norm:
-            # Behind the method's own preparations, which may hook layers.
-            note = tuner.step.fuse_norm(plan.batches.first[0])
-            report.note(f"purify: fused batch norm: {note}")
         keeper = None
         if plan.resume is not None:
             keeper = follow_in(plan.resume, tuner, asked, plan.batches, report)
@@ -356,7 +345,6 @@ def _result(
             **tuner.settings.plain(),
             **settings_of_ranks(plan),
             "deterministic": plan.deterministic,
-            "fused_norm": tuner.step.fused_note,
             "graphs": tuner.longest_graph or False,
             "head": name,
             "seed": plan.seed,

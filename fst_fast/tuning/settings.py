@@ -26,7 +26,6 @@ class ComputeSettings:
         threads: of PyTorch on the CPU; None leaves them alone.
         backend: of the fused ops; None takes the fastest.
         compile: run the model up to its head through ``torch.compile``.
-        fused_norm: run batch norm, an addition and a ReLU behind it as one op where that is sure.
     """
 
     device: torch.device
@@ -35,7 +34,6 @@ class ComputeSettings:
     threads: int | None = None
     backend: str | None = None
     compile: bool = False
-    fused_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads > 0):

@@ -16,7 +16,6 @@ from ..methods.probabilities import ENDINGS
 from ..ops import head_deviation_loss
 from .batch_source import Feed
 from .distributed_model import SharedModel
-from .fuse_batchnorm import PROBES, fuse_batch_norm
 from .nonfinite import Guard
 from .run_state import RunState
 from .settings import LoopSettings
@@ -51,7 +50,6 @@ class Step:
         parts: into how many parts a batch is split, to take less memory.
         lr, head_lr: 0-d, of the backbone and the head.
         totals: [2] float64, summed loss and number correct since they were last set to zero.
-        fused_note: what :meth:`fuse_norm` has told; False where nobody asked.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class Step:
         self._head_parameters = list(head.parameters()) if self.tunes_head else []
         self.head_only = False
         self.parts = 1
-        self.fused_note: str | bool = False
         device = self.compute.device
         self.lr = torch.tensor(settings.lr, device=device)
         self.head_lr = self.lr.clone()
@@ -103,9 +100,6 @@ class Step:
         if self.compute.compile:
             self._run_model = torch.compile(model, dynamic=False)
             self._run_tap = None if self.tap is None else self.tap.compiled()
-        # The model and the tap with fused batch norm, in train mode.
-        self._fused: tuple[Callable[[Tensor], object], FeatureTap | None] | None = None
-        self._head_module = head
 
     def _register(self, state: RunState) -> None:
         kept = self.model.state_dict().keys()
@@ -134,31 +128,6 @@ class Step:
                 # It starts with zeros: a first step skipped by the guard then leaves no garbage.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-
-    def fuse_norm(self, images: Tensor) -> str:
-        """Run batch norm fused from now on, if that is sure; returns what was done.
-
-        The model itself is left as it is.
-
-        Args:
-            images: [B, C, H, W] a batch, of which a few are tried.
-        """
-        reasons = {
-            "it is compiled": self.compute.compile,
-            "head only": self.method.trains == "head",
-            "several ranks share its statistics": self.shared is not None,
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                self.fused_note = f"none: {reason}"
-                return self.fused_note
-        probes = self.place(images[:PROBES])
-        fused = fuse_batch_norm(self.model, self._head_module, probes, self.compute.backend)
-        if fused.model is not None:
-            tap = None if self.tap is None else FeatureTap(fused.model, self._head_module)
-            self._fused = (fused.model, tap)
-        self.fused_note = fused.note
-        return fused.note
 
     def place(self, images: Tensor) -> Tensor:
         """The images on the device, in the weights' dtype and layout."""
@@ -250,30 +219,21 @@ class Step:
     def _tapped(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         if batch.are_features:
             return self._fused_loss(batch.inputs, batch.labels)
-        run_tap = self._running()[1]
-        assert run_tap is not None
+        assert self._run_tap is not None
         with self.compute.autocast():
-            features = run_tap(batch.inputs)
+            features = self._run_tap(batch.inputs)
         return None if features is None else self._fused_loss(features, batch.labels)
-
-    def _running(self) -> tuple[Callable[[Tensor], object], FeatureTap | None]:
-        """The model and the tap that run a step; the fused ones were read in train mode."""
-        if self._fused is not None and self.model.training:
-            return self._fused
-        return self._run_model, self._run_tap
 
     def _untap(self) -> None:
         """In train mode the model does more than its head, after all."""
         self.tap = self._run_tap = None
-        if self._fused is not None:
-            self._fused = self._fused[0], None
         self.head.materialize()
         self.head.weight_scale = None
         self.guard.undo_forward()
 
     def _logits_of(self, images: Tensor) -> Tensor:
         with self.compute.autocast():
-            output = self._running()[0](images)
+            output = self._run_model(images)
         return self.logits(output)
 
     def logits(self, output: object) -> Tensor:

@@ -12,8 +12,6 @@
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(ns, k, m) _TORCH_LIBRARY_IMPL(fst_fast_emulated, CPU, m, C10_UID)
 
-#include "../../csrc/cuda/batch_norm_act.cu"
-#include "../../csrc/cuda/batch_norm_act_backward.cu"
 #include "../../csrc/cuda/head_deviation_loss.cu"
 #include "../../csrc/cuda/head_deviation_many.cu"
 #include "../../csrc/cuda/head_step.cu"

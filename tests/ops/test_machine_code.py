@@ -86,13 +86,6 @@ def test_the_head_stores_whole_vectors_at_once(code, kernel):
         assert "STG.E.128" in names(instructions), key
 
 
-@pytest.mark.parametrize("kernel", ["batch_norm_act", "batch_norm_act_backward"])
-def test_batch_norm_loads_and_stores_whole_vectors_at_once(code, kernel):
-    for key, instructions in of(code, f"{kernel}_kernel", but=("Li1E",)).items():
-        assert "STG.E.128" in names(instructions), key
-        assert [name for name in names(instructions) if re.match(r"LDG\.E\.128", name)], key
-
-
 @pytest.mark.parametrize("kernel", ["inject_kernel", "rescale_kernel", "head_deviation_begin"])
 def test_the_memory_of_every_access_is_known(code, kernel):
     for key, instructions in of(code, kernel).items():

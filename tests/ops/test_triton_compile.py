@@ -14,7 +14,6 @@ import torch
 from triton_compile_cases import (
     NO_SPILLS,
     TYPES,
-    batch_norm_cases,
     head_deviation_cases,
     head_step_cases,
     inject_cases,
@@ -112,11 +111,6 @@ def test_head_deviation_loss_compiles_for_every_generation_without_spills(tmp_pa
 
 def test_inject_compiles_for_every_generation_without_spills(tmp_path):
     print(compile_all(spread(inject_cases(), fused=False), ["inject"], tmp_path))
-
-
-def test_batch_norm_act_compiles_for_every_generation_without_spills(tmp_path):
-    modules = ["batch_norm_act", "batch_norm_act_backward", "batch_norm_update"]
-    print(compile_all(spread(batch_norm_cases(), fused=False), modules, tmp_path))
 
 
 def test_the_types_are_those_of_the_ops():

@@ -66,16 +66,7 @@ def head_loss(classes, dim=64):
     return features
 
 
-def batch_norm():
-    x = torch.randn(3, 4, 2, 2, requires_grad=True)
-    tracked = (torch.zeros(4), torch.ones(4), torch.tensor(0))
-    y = fst_fast.ops.batch_norm_act(x, None, None, *tracked, backend="triton")
-    y.sum().backward()
-    return x
-
-
 OPS = {
-    "batch_norm_act": batch_norm,
     "inject": inject,
     "head_step_ small": lambda: head_step((3, 4)),
     "head_step_ large": lambda: head_step((200, 100)),

@@ -14,10 +14,6 @@ NO_SPILLS = (
     "head_deviation_rows_kernel",
     "head_deviation_finish_kernel",
     "inject_kernel",
-    "batch_norm_collect_kernel",
-    "batch_norm_apply_kernel",
-    "batch_norm_collect_gradients_kernel",
-    "batch_norm_apply_gradients_kernel",
 )
 
 
@@ -127,31 +123,6 @@ def head_deviation_cases():
             long = types | {"weight0_count": "i64", "d_weight_count": "i64"}
             constants = {"BLOCK": 4096, "num_warps": 8}
             yield index, ("head_deviation_weight_kernel", long, constants)
-
-
-def batch_norm_cases():
-    """A number, and a case; both layouts, every type, all flags set and none."""
-    images = ("x_ptr", "residual_ptr", "y_ptr", "d_y_ptr", "d_x_ptr", "d_residual_ptr")
-    flags = ("HAS_WEIGHT", "HAS_BIAS", "HAS_RESIDUAL", "RELU")
-    for index, (element, compute) in enumerate(TYPES.items()):
-        types = pointers(images, element) | {"pointer": f"*{compute}", "batches_ptr": "*i64"}
-        types |= {"number": "i32", "rows": "i64" if index % 2 else "i32"}
-        given = index != 1
-        layout = {"PLANAR": not given, "BLOCK_CHANNELS": 64 if given else 4}
-        layout["BLOCK_ROWS"] = 2048 // layout["BLOCK_CHANNELS"]
-        norm = {**dict.fromkeys(flags, given), **layout, "EPS": 1e-5}
-        merged = {"BLOCK_SLICES": 128, "BLOCK_CHANNELS": 16}
-        counting = {"COUNTS": given, "CUMULATIVE": index == 2, "MOMENTUM": 0.1, "BLOCK": 1024}
-        for name, constants in {
-            "collect": layout,
-            "merge": {**merged, "PLANAR": not given},
-            "apply": norm,
-            "collect_gradients": {**norm, "PASSES_ON": given},
-            "merge_gradients": {**merged, "EPS": 1e-5},
-            "apply_gradients": norm,
-            "update": counting,
-        }.items():
-            yield index, (f"batch_norm_{name}_kernel", types, constants)
 
 
 def inject_cases():
