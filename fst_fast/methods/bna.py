@@ -60,6 +60,7 @@ class BNA(Method):
 
     name: ClassVar[str] = "bna"
     cost: ClassVar[str] = "none, but the search"
+    data_parallel: ClassVar[bool] = False
     needs: ClassVar[str] = "batch norm with running statistics"
     needs_logits: ClassVar[bool] = True
 

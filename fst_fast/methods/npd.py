@@ -51,6 +51,7 @@ class NPD(Method):
 
     name: ClassVar[str] = "npd"
     cost: ClassVar[str] = "about 2"
+    data_parallel: ClassVar[bool] = False
     needs: ClassVar[str] = "a convolution that feeds a batch norm"
     # Its loss is one of two batches' logits.
     needs_logits: ClassVar[bool] = True

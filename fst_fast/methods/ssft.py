@@ -64,6 +64,7 @@ class SSFT(Method):
 
     name: ClassVar[str] = "ssft"
     cost: ClassVar[str] = "at most 1"
+    data_parallel: ClassVar[bool] = False
     needs: ClassVar[str] = "a residual shortcut that ends in a layer"
 
     kept: float = 0.0

@@ -2,6 +2,7 @@
 
 import json
 
+import record_files
 import tables
 from hostile import records
 
@@ -13,8 +14,8 @@ def test_a_record_becomes_a_table(tmp_path, monkeypatch):
     assert record["suite"] == "files"
     assert record["rows"] == rows
     assert path.name == f"{record['date']}-files.json"
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    table = tables.fill("<!-- table: reliability -->\n<!-- end -->")
+    monkeypatch.setattr(record_files, "RESULTS", tmp_path)
+    table = tables.fill("<!-- table: reliability -->\n<!-- end -->", tmp_path / "page.md")
     assert "| files that ran code | 61 | 0 | 0 |\n| memory, MB | 9 | 40 | 256 |" in table
     assert f"`files`, {record['date']}" in table
 

@@ -108,7 +108,8 @@ def from_logits(method):
     return Logits(**{k: v for k, v in method.settings().items() if k != "method"})
 
 
-@pytest.mark.parametrize("name", methods.available())
+# The model's shortcut has no layer that ssft could suppress it in.
+@pytest.mark.parametrize("name", sorted({*methods.available()} - {"ssft"}))
 def test_purify_is_the_same_from_features_and_from_logits(name):
     method = methods.get(name, project=True)
     fused = quick(make_model(), make_batches(), method=method).model.state_dict()

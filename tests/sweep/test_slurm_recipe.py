@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fst_fast.cli.main import _parser
+from fst_fast.cli.main import build_parser
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cluster.md"
 SCRIPTS = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", DOCUMENT.read_text(), re.DOTALL)
@@ -51,4 +51,4 @@ def test_machines_of_one_model_meet_at_the_first(tmp_path):
     assert launcher.endswith(
         "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node7:29500"
     )
-    assert _parser().parse_args(command.split()).batch_size == 256
+    assert build_parser().parse_args(command.split()).batch_size == 256
