@@ -81,7 +81,7 @@ def test_purify_tells_what_was_found_and_takes_settings_of_the_method(files, cap
 def test_same_seed_same_file(files):
     digests = []
     for _ in range(2):
-        assert run_purify(files, "--quiet") == 0
+        assert run_purify(files, "--quiet", "--alpha", "0.05") == 0
         digests.append(checkpoints.sha256(files / "out.safetensors"))
     assert digests[0] == digests[1]
 
@@ -190,9 +190,9 @@ def test_wrong_usage_exits_with_2(files):
 
 
 def test_graphs(files, capsys):
-    assert run_purify(files, "--quiet", "--graphs", "off") == 0
+    assert run_purify(files, "--quiet", "--method", "ft", "--graphs", "off") == 0
     assert json.loads((files / "out.json").read_text())["settings"]["graphs"] is False
-    assert run_purify(files, "--quiet", "--graphs", "4") == 1
+    assert run_purify(files, "--quiet", "--method", "ft", "--graphs", "4") == 1
     assert "graphs=4 needs a GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_purify(files, "--graphs", "many")
@@ -201,7 +201,7 @@ def test_graphs(files, capsys):
 
 def test_near_chance_is_said(files, capsys):
     # An untrained model: nothing on the command line can be right about it.
-    assert run_purify(files, "--quiet") == 0
+    assert run_purify(files, "--quiet", "--method", "ft") == 0
     warned = capsys.readouterr().err
     assert "warning: --data must have the model's own labels, got a model that is right" in warned
     evaluate = ["evaluate", str(files / "suspect.pt"), *data(files)]

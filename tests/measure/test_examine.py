@@ -125,14 +125,14 @@ def test_command_line(files, capsys):
     capsys.readouterr()
 
     held_out = ["--validation", str(files / "clean"), "--report", str(page)]
-    assert run_purify(files, "--quiet", *held_out) == 0
+    assert run_purify(files, "--quiet", "--method", "ft", *held_out) == 0
     assert "of 36 test images" in Page(page.read_text()).text
 
 
 def test_what_the_command_line_refuses(files, capsys):
     page, out = str(files / "report.html"), files / "out.safetensors"
     refused(capsys, ["purify", "x.pt", *data(files), "--out", str(out), "--report", page], "x.pt")
-    assert run_purify(files, "--quiet") == 0
+    assert run_purify(files, "--quiet", "--method", "ft") == 0
     start = ["report", str(out), "--out"]
     refused(capsys, [*start, str(files / "report.pdf")], "must end in .html")
     refused(capsys, [*start, page, "--trigger", "badnets"], "--data must be given")
