@@ -16,7 +16,7 @@ from fst_fast.sweep.grid import Cell, Choice
 from fst_fast.sweep.presets import PRESETS
 from fst_fast.sweep.store import Record
 
-METHODS = ["none", "fst:0.1", "fst:auto"]
+METHODS = ["none", "fst:0.1", "fst_auto"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def whole(data, tmp_path_factory):
 def test_every_cell_is_measured(whole):
     record = record_of(whole)
     assert list(record["suspects"]) == ["badnets 20%", "clean"]
-    cells = [("none", None), *((m, s) for m in ("fst", "trigger_unlearning") for s in (0, 1))]
+    cells = [("none", None), *((m, s) for m in ("fst", "fst_auto") for s in (0, 1))]
     for title, made in record["suspects"].items():
         control = [] if title == "clean" else [("never backdoored", None)]
         assert [(row["method"], row.get("seed")) for row in made["rows"]] == cells + control
@@ -69,9 +69,7 @@ def test_every_cell_is_measured(whole):
     assert badnets["trigger"]["name"] == "BadNets"
     assert not badnets["developed"]
     assert [row["alpha"] for row in badnets["rows"] if "alpha" in row] == [0.1, 0.1]
-    assert {row["epochs"] for row in badnets["rows"] if row["method"] == "trigger_unlearning"} == {
-        4
-    }
+    assert {row["epochs"] for row in badnets["rows"] if row["method"] == "fst_auto"} == {4}
     # The control is the clean model under the suspect's attacks.
     control, clean = badnets["rows"][-1], record["suspects"]["clean"]["rows"][0]
     assert control["clean_accuracy"] == clean["clean_accuracy"]
