@@ -8,7 +8,7 @@ is one of fst_fast.triggers; it is None for a model that was never backdoored. D
 and test.npz. A method is NAME or NAME:EPOCHS; fst:NUMBER is FST with that alpha, auto what
 alpha="auto" runs. A row is written as soon as it is there, and rows that are there are not made
 again. --others takes the rows of other methods over from an older record of the same protocol, each
-with its commit and device.
+with its commit and device. --untimed leaves the seconds out, for a machine that is busy otherwise.
 """
 
 import argparse
@@ -128,7 +128,9 @@ def purified(facts, module, clean, test, options):
     except ValueError as error:
         # A method says what it needs of a model before it changes anything.
         return {"refused": str(error).split("\n")[0]}
-    row = {"epochs": len(result.history), "seconds": result.seconds, "stopped": result.stopped}
+    row = {"epochs": len(result.history), "stopped": result.stopped}
+    if not options.untimed:
+        row["seconds"] = result.seconds
     return {**measured(result.model, test, normalize, trigger, target), **row}
 
 
@@ -144,6 +146,7 @@ def main():
     parser.add_argument("--precision", default="fp32" if not torch.cuda.is_available() else "auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--record", type=Path, required=True, help="FILE.json, added to")
+    parser.add_argument("--untimed", action="store_true", help="leave the seconds out")
     parser.add_argument("--others", type=Path, help="an older record with rows of other methods")
     options = parser.parse_args()
     if options.threads:

@@ -80,6 +80,7 @@ def test_rows_are_measured_kept_and_tabulated(folder, monkeypatch):
     # The white corner lifts some dark images over the bound between the classes.
     assert record["rows"][0]["clean_as_target"] <= record["rows"][0]["attack_success"]
     assert record["rows"][1]["epochs"] == 1
+    assert record["rows"][1]["seconds"] > 0
     again = run(folder, monkeypatch, "ft:1", "fst:0.1")
     assert again["rows"][: len(record["rows"])] == record["rows"], "nothing is made twice"
     assert {row["method"] for row in again["rows"]} == {"none", "ft:1", "fst:0.1"}
@@ -90,6 +91,13 @@ def test_rows_are_measured_kept_and_tabulated(folder, monkeypatch):
     assert "| suspect | none | ft:1 | fst:0.1 |" in text
     clean = record["rows"][3]["clean_accuracy"]
     assert f"| {100 * clean:.1f} |" in text
+
+
+def test_a_busy_machine_is_no_clock(folder, monkeypatch):
+    record = run(folder, monkeypatch, "ft:1", "--untimed")
+    assert all("seconds" not in row for row in record["rows"])
+    monkeypatch.setattr(record_files, "RESULTS", folder)
+    assert record_files.default_seconds() == {}
 
 
 def test_rows_of_other_methods_are_taken_over(folder, monkeypatch):
