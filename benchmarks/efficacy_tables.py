@@ -50,8 +50,7 @@ def suspects():
         ]
         protocol = record["protocol"]
         seeds = len({row["seed"] for row in record["rows"]} - {None})
-        older = {row["method"]: row["commit"] for row in record["rows"] if "commit" in row}
-        named = [f"{method} at {commit[:7]}" for method, commit in older.items()]
+        named = made_elsewhere(record["rows"])
         title = (
             f"{protocol['clean_images']} clean images, {protocol['test_images']} test images, "
             f"{seeds} seed{'s' * (seeds != 1)}, {record['date']}, "
@@ -59,6 +58,20 @@ def suspects():
         )
         parts.append(f"{title}\n\n{markdown(['suspect', *methods], rows)}")
     return "\n\n".join(parts) or "Not yet measured."
+
+
+def made_elsewhere(rows):
+    """The methods, or some suspects of a method, whose rows another commit has made."""
+    found = {}
+    for row in rows:
+        if "commit" in row:
+            found.setdefault((row["method"], row["commit"]), []).append(row["suspect"])
+    texts = []
+    for (method, commit), suspects in found.items():
+        every = {row["suspect"] for row in rows if row["method"] == method}
+        some = "" if set(suspects) == every else f" of {', '.join(dict.fromkeys(suspects))}"
+        texts.append(f"{method}{some} at {commit[:7]}")
+    return texts
 
 
 def suspect_cell(rows):

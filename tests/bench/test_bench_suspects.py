@@ -129,6 +129,16 @@ def test_a_method_that_refuses_a_model_is_a_row(folder, monkeypatch):
     assert "clp" not in record_files.published_suspects()["white"]
 
 
+def test_some_rows_of_a_method_may_be_of_another_commit():
+    rows = [
+        {"suspect": "white", "method": "auto"},
+        {"suspect": "clean", "method": "auto", "commit": "1234567890"},
+        {"suspect": "white", "method": "ft:1", "commit": "abcdefghij"},
+    ]
+    told = efficacy_tables.made_elsewhere(rows)
+    assert told == ["auto of clean at 1234567", "ft:1 at abcdefg"]
+
+
 def test_rows_of_another_protocol_are_not_taken_over(folder, monkeypatch):
     older = {"protocol": {}, "rows": []}
     (folder / "older.json").write_text(json.dumps(older))
