@@ -38,8 +38,17 @@ def evidence():
 
 def suspects():
     """Classifiers that others trained: clean accuracy / attack success (robust accuracy)."""
+    return suspects_of("*/*-suspects.json")
+
+
+def tuned():
+    """Classifiers that others trained, into which benchmarks/tuned_suspects.py put a backdoor."""
+    return suspects_of("*/*-tuned.json")
+
+
+def suspects_of(pattern):
     parts = []
-    for record in newest("*/*-suspects.json"):
+    for record in newest(pattern):
         cells = {}
         for row in record["rows"]:
             cells.setdefault((row["suspect"], row["method"]), []).append(row)

@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 
-from efficacy_tables import attacks, efficacy, evidence, how_well, in_the_lab, suspects
+from efficacy_tables import attacks, efficacy, evidence, how_well, in_the_lab, suspects, tuned
 from figures import FIGURES
 from ladder_tables import (
     END2END_HEADER,
@@ -212,6 +212,7 @@ TABLES = {
     "end2end": end2end,
     "attacks": attacks,
     "suspects": suspects,
+    "tuned": tuned,
     "reliability": reliability,
     "commands": commands,
     "triggers": zoo,
