@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Run
+from .tuned_copy import TunedCopy
 
 # Gradients have at most this norm, and steps this many images.
 _MOST_NORM, _BATCH = 20.0, 128
-_MOMENTUM = 0.9
 
 
 class Ascent:
@@ -29,16 +27,12 @@ class Ascent:
     """
 
     def __init__(self, run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
-        self._run, self._images, self._labels, self._lr = run, images, labels, lr
-        self.model = copy.deepcopy(run.model).train().requires_grad_()
-        self._weights: list[Tensor] = list(self.model.parameters())
-        self._velocity = [torch.zeros_like(weight) for weight in self._weights]
+        self._run, self._images, self._labels = run, images, labels
+        self._copy = TunedCopy(run, "forgetful", lr)
+        self.model = self._copy.model
         self._size = min(_BATCH, len(labels))
         self._right = torch.zeros((), device=labels.device)
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            run.register(f"forgetful.{name}", tensor)
-        for number, tensor in enumerate([self._right, *self._velocity]):
-            run.register(f"ascent.{number}", tensor)
+        run.register("forgetful.right", self._right)
 
     def forget(self, forgotten: float, passes: int) -> None:
         """Climb until at most a share of the images is answered rightly, for so many passes."""
@@ -59,10 +53,7 @@ class Ascent:
         logits = self._run.logits(images, self.model)
         self._right.add_((logits.argmax(1) == labels).sum())
         loss = -F.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, self._weights, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, self._copy.weights, materialize_grads=True)
         length = torch.stack(torch._foreach_norm(gradients)).norm()
         clipped = torch._foreach_mul(gradients, (_MOST_NORM / length.clamp(min=1e-6)).clamp(max=1))
-        with torch.no_grad():
-            torch._foreach_mul_(self._velocity, _MOMENTUM)
-            torch._foreach_add_(self._velocity, [*clipped])
-            torch._foreach_add_(self._weights, self._velocity, alpha=-self._lr)
+        self._copy.descend(clipped)

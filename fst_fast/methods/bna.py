@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..heads.output import logits_of
+from .accuracy_limit import largest_allowed
 from .base import Batch, Closure, Method, Run
 from .checks import check_counts, check_numbers
 from .inversion import MaskInversion
@@ -120,8 +121,11 @@ class BNA(Method):
             *(run.memo["norms"], run.logits, self._spread_over(run.memo["images"])),
             inversion.show(carriers, number),
         )
-        share = self._chosen(run, shift) if self.share is None else self.share
-        shift.put(share)
+        if self.share is None:
+            share = largest_allowed(run, 0.0, SHARES, shift.put, self.most_lost)
+        else:
+            share = self.share
+            shift.put(share)
         run.memo["found"].copy_(torch.tensor([number, share, before]))
 
     def _others(self, run: Run, number: int) -> Tensor:
@@ -133,16 +137,6 @@ class BNA(Method):
     def _spread_over(images: Tensor) -> Tensor:
         """Return a few of the images, in even steps, as a loader may sort them by class."""
         return images[:: -(-len(images) // _MEASURED)]
-
-    def _chosen(self, run: Run, shift: StatisticsShift) -> float:
-        """Return the largest share that the accuracy allows."""
-        least, kept = run.clean_accuracy() - self.most_lost, 0.0
-        for share in SHARES:
-            shift.put(share)
-            if run.clean_accuracy() < least:
-                break
-            kept = share
-        return kept
 
     @torch.no_grad()
     def _success(self, run: Run, number: int) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .accuracy_limit import largest_allowed
 from .base import Run
 
 # Channels with a mask below such a value are pruned together.
@@ -81,16 +82,17 @@ class ChannelMasks:
         more than ``most_lost`` below that of the whole model. No attack is asked for.
         """
         self.put_back()
-        least = run.clean_accuracy() - most_lost
-        kept = torch.ones_like(self.mask)
+        whole = torch.ones_like(self.mask)
+        largest_allowed(run, whole, self._ever_fewer(whole), self.put, most_lost)
+
+    def _ever_fewer(self, whole: Tensor) -> Iterator[Tensor]:
+        """The channels that each threshold leaves, where they are others than those before."""
+        former = whole
         for threshold in THRESHOLDS:
-            fewer = (self.mask >= threshold).to(kept.dtype)
-            if not torch.equal(fewer, kept):
-                self.put(fewer)
-                if run.clean_accuracy() < least:
-                    break
-                kept = fewer
-        self.put(kept)
+            fewer = (self.mask >= threshold).to(whole.dtype)
+            if not torch.equal(fewer, former):
+                yield fewer
+            former = fewer
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

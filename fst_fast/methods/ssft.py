@@ -1,6 +1,5 @@
 """Shortcut suppression and fine-tuning (SSFT; Yang et al., ICASSP 2023, arXiv 2211.05631)."""
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,13 @@ from .. import triggers
 from .base import Method, Run
 from .checks import check_counts, check_numbers
 from .shortcuts import Shortcut, find_shortcuts, scale, successes
+from .tuned_copy import TunedCopy
 
 # So many clean images are kept, in so many bytes; a step of the probe takes a batch, and so many
 # images measure an attack.
 _IMAGES, _IMAGE_BYTES, _BATCH, _MEASURED = 1024, 256 * 2**20, 128, 256
-# The probe backdoor is learnt with this rate and momentum, on so many of a batch's images.
-_LR, _MOMENTUM, _POISONED = 0.01, 0.9, 0.25
+# The probe backdoor is learnt with this rate, on so many of a batch's images.
+_LR, _POISONED = 0.01, 0.25
 _PROBE = "badnets"
 # A shortcut is scanned by these factors, from suppressed to whole.
 FACTORS = tuple(step / 10 for step in range(11))
@@ -174,13 +174,8 @@ class _Probe:
     ) -> None:
         self._run, self.images, self._labels, self._target = run, images, labels, target
         self._triggered = with_trigger(images, *run.pixel_range(images), attack)
-        self.model = copy.deepcopy(run.model).train().requires_grad_()
-        self._weights: list[Tensor] = list(self.model.parameters())
-        self._velocity = [torch.zeros_like(weight) for weight in self._weights]
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            run.register(f"probe.{name}", tensor)
-        for number, tensor in enumerate(self._velocity):
-            run.register(f"probe.velocity.{number}", tensor)
+        self._copy = TunedCopy(run, "probe", _LR)
+        self.model = self._copy.model
 
     def implant(self) -> None:
         """Make one step in which the copy learns the backdoor, beside its clean images."""
@@ -191,11 +186,7 @@ class _Probe:
         labels = self._labels[rows].clone()
         labels[:poisoned] = self._target
         loss = F.cross_entropy(self._run.logits(images, self.model), labels)
-        gradients = torch.autograd.grad(loss, self._weights, materialize_grads=True)
-        with torch.no_grad():
-            torch._foreach_mul_(self._velocity, _MOMENTUM)
-            torch._foreach_add_(self._velocity, [*gradients])
-            torch._foreach_add_(self._weights, self._velocity, alpha=-_LR)
+        self._copy.descend(torch.autograd.grad(loss, self._copy.weights, materialize_grads=True))
 
     @torch.no_grad()
     def success(self) -> float:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .accuracy_limit import largest_allowed
 from .ascent import Ascent
 from .base import Batch, Closure, Method, Run
 from .checks import check_counts, check_numbers
@@ -130,15 +131,8 @@ def set_back(
         for weight, whole, empty, part in zip(filters, originals, emptied, parts, strict=True):
             weight.copy_(torch.where(part[:, None, None, None], empty, whole))
 
-    least, kept = run.clean_accuracy() - most_lost, 0
-    for share in SHARES:
-        count = round(share * len(by_filter))
-        if count > kept:
-            put(count)
-            if run.clean_accuracy() < least:
-                break
-            kept = count
-    put(kept)
+    counts = sorted({round(share * len(by_filter)) for share in SHARES} - {0})
+    largest_allowed(run, 0, counts, put, most_lost)
 
 
 def _stays(changes: Tensor, zeroed: float) -> Tensor:

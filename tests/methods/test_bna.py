@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fst_fast import methods
+from fst_fast.methods.accuracy_limit import largest_allowed
+from fst_fast.methods.bna import SHARES
 from fst_fast.methods.inversion import MaskInversion, opacity
 from fst_fast.methods.statistics_shift import StatisticsShift
 
@@ -225,7 +227,8 @@ def test_the_share_is_as_large_as_the_accuracy_allows():
 
     for lost, share in ((0, 0.0), (0.0451, 0.4), (1, 1.0)):
         counting = Counting()
-        assert methods.get("bna", most_lost=lost)._chosen(counting, counting) == share
+        assert largest_allowed(counting, 0.0, SHARES, counting.put, lost) == share
+        assert counting.share == share
 
 
 def test_the_correction_ends_where_nothing_may_be_lost():
