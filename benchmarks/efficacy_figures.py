@@ -81,7 +81,7 @@ def lab_means(record):
 
 
 def attacked(record):
-    """Those suspects whose attack had succeeded before anything was done."""
+    """Return the suspects whose attack had succeeded before anything was done."""
     return {
         suspect: methods
         for suspect, methods in lab_means(record).items()

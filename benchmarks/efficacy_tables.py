@@ -21,7 +21,7 @@ def efficacy():
 
 
 def evidence():
-    """What ``fst-fast lab table`` measured: suspect by suspect, and method by method."""
+    """Return what ``fst-fast lab table`` measured, by suspect and by method."""
     found = [record for record in newest("*/*-efficacy-*.json") if "settings" in record]
     parts = [
         "\n\n".join(
@@ -38,15 +38,16 @@ def evidence():
 
 def suspects():
     """Classifiers that others trained: clean accuracy / attack success (robust accuracy)."""
-    return suspects_of("*/*-suspects.json")
+    return suspect_tables("*/*-suspects.json")
 
 
 def tuned():
     """Classifiers that others trained, into which benchmarks/tuned_suspects.py put a backdoor."""
-    return suspects_of("*/*-tuned.json")
+    return suspect_tables("*/*-tuned.json")
 
 
-def suspects_of(pattern):
+def suspect_tables(pattern):
+    """A table of each record of this pattern: a row for a suspect, a column for a method."""
     parts = []
     for record in newest(pattern):
         cells = {}
@@ -115,7 +116,7 @@ def attacks():
 
 
 def how_well():
-    """What the default makes of classifiers that others published, in two sentences."""
+    """Say in two sentences what the default makes of classifiers that others published."""
     found = {
         name: methods
         for name, methods in published_suspects().items()

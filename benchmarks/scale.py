@@ -59,7 +59,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU was measured to do.
+    """This is what one GPU was measured to do.
 
     Attributes:
         matrix: FLOPs per second of a large bfloat16 product.

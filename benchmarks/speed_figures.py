@@ -90,7 +90,7 @@ def ladder():
 
 
 def shares():
-    """Where the time of a step goes."""
+    """Draw where the time of a step goes."""
     groups, parts = [], []
     for record, case in measured_cases("loop", "loop"):
         found = {name: part for name, part in case.get("shares", {}).items() if part}

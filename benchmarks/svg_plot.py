@@ -23,7 +23,7 @@ CHARACTER = 7.0  # mean width of a character of 12 pixels
 
 @dataclass(frozen=True)
 class Series:
-    """What belongs together in a plot: its name in the key, its mark and its colour."""
+    """A series of a plot has a name in the key, a mark and a colour."""
 
     name: str
     mark: str

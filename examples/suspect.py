@@ -1,4 +1,4 @@
-"""What the examples share: a small backdoored network, trained on handwritten digits."""
+"""The examples share a small backdoored network, trained on handwritten digits."""
 
 from fst_fast import triggers
 from fst_fast.data.augment import Augment

@@ -18,7 +18,7 @@ from fst_fast.lab.models import resnet8
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Of purify, on a small suspect and twelve images; --out is the caller's."""
+    """The arguments of purify on a small suspect and twelve images; the caller adds --out."""
     torch.manual_seed(0)
     weights = resnet8(num_classes=3, width=4).state_dict()
     safetensors.torch.save_file(weights, tmp_path / "suspect.safetensors")
