@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from image_folders import write_classes
 
 from fst_fast import checkpoints
 from fst_fast.cli.main import main
@@ -22,13 +22,7 @@ def files(tmp_path):
     torch.manual_seed(0)
     model = resnet8(num_classes=3, width=4)
     torch.save(model.state_dict(), tmp_path / "suspect.pt")
-    for label, name in enumerate(["ant", "bee", "cat"]):
-        (tmp_path / "clean" / name).mkdir(parents=True)
-        for i in range(12):
-            image = torch.randint(0, 60, (3, 32, 32), dtype=torch.uint8)
-            image[label] += 150
-            path = tmp_path / "clean" / name / f"{i}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    write_classes(tmp_path / "clean", 12, 32)
     return tmp_path
 
 

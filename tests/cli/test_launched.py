@@ -9,7 +9,7 @@ import pytest
 import rank_pool
 import safetensors.torch
 import torch
-from PIL import Image
+from image_folders import write_classes
 
 from fst_fast.cli.launched import process_group
 from fst_fast.cli.main import main
@@ -22,13 +22,7 @@ def arguments(tmp_path):
     torch.manual_seed(0)
     weights = resnet8(num_classes=3, width=4).state_dict()
     safetensors.torch.save_file(weights, tmp_path / "suspect.safetensors")
-    for label, name in enumerate(["ant", "bee", "cat"]):
-        (tmp_path / "clean" / name).mkdir(parents=True)
-        for i in range(4):
-            image = torch.randint(0, 60, (3, 16, 16), dtype=torch.uint8)
-            image[label] += 150
-            path = tmp_path / "clean" / name / f"{i}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    write_classes(tmp_path / "clean", 4, 16)
     return [
         *("purify", str(tmp_path / "suspect.safetensors"), "--arch", "fst_fast.lab.models:resnet8"),
         *("--arch-option", "width=4", "--num-classes", "3", "--data", str(tmp_path / "clean")),
